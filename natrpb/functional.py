@@ -1,0 +1,321 @@
+"""The public stateless API: neighborhood attention in one to three dimensions, fused and unfused.
+
+This layer checks arguments and composes; the arithmetic is in `natrpb.ops` (compiled) or `natrpb.reference` (plain PyTorch).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .patterns import Pattern, check_fits, neighborhood_pattern
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+):
+    """Neighborhood attention over one axis; see `na2d`, with [B, L, heads, D] in place of [B, H, W, heads, D]."""
+    return _neighborhood_attention(
+        1, query, key, value, kernel_size, stride, dilation, is_causal, rpb, scale,
+        additional_keys, additional_values, dropout_p, return_lse,
+    )  # fmt: skip
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+):
+    """Neighborhood attention over two axes, fused, with learned relative position bias.
+
+    out(q) = sum over the keys k of q's neighborhood of softmax_k(scale * <q, k> + rpb[head, k - q + K - 1]) * v_k
+    (Hassani et al. 2023; dilation: Hassani and Shi 2022; stride: Hassani et al. 2025). At the borders the window stops
+    moving and keeps its size.
+
+    Args:
+        query: [B, H, W, heads, D], fp64, fp32, bf16 or fp16; any strides, a contiguous last axis is read without a copy.
+        key: [B, H, W, heads_kv, D]; heads must be a multiple of heads_kv.
+        value: [B, H, W, heads_kv, Dv]; Dv may differ from D.
+        kernel_size: K, one per axis or one for all; odd or even, kernel_size * dilation at most the axis' length.
+        stride: queries that share one neighborhood, 1 <= stride <= kernel_size.
+        dilation: step between neighboring keys.
+        is_causal: bool per axis; a causal query sees itself and the keys before it.
+        rpb: [heads, 2 K_0 - 1, 2 K_1 - 1] in any float dtype, index key minus query; its gradient is summed in fp32.
+        scale: default D ** -0.5; not applied to rpb.
+        additional_keys, additional_values: [B, T, heads_kv, D] and [B, T, heads_kv, Dv], tokens that every query sees too,
+            without bias.
+        dropout_p: dropout on the attention weights; runs unfused and stores the weights.
+        return_lse: also return lse.
+
+    Returns:
+        out [B, H, W, heads, Dv] in query's dtype; with return_lse also lse [B, H, W, heads], the logarithm of the sum of
+        exp(score), fp32 (fp64 for fp64), differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return _neighborhood_attention(
+        2, query, key, value, kernel_size, stride, dilation, is_causal, rpb, scale,
+        additional_keys, additional_values, dropout_p, return_lse,
+    )  # fmt: skip
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+):
+    """Neighborhood attention over three axes; see `na2d`, with [B, D0, H, W, heads, D] in place of [B, H, W, heads, D]."""
+    return _neighborhood_attention(
+        3, query, key, value, kernel_size, stride, dilation, is_causal, rpb, scale,
+        additional_keys, additional_values, dropout_p, return_lse,
+    )  # fmt: skip
+
+
+def na1d_qk(query: Tensor, key: Tensor, kernel_size, dilation=1, is_causal=False, rpb: Tensor | None = None) -> Tensor:
+    """Neighborhood scores over one axis, unfused; see `na2d_qk`, with [B, heads, L, D] in place of [B, heads, H, W, D]."""
+    return _qk(1, query, key, kernel_size, dilation, is_causal, rpb)
+
+
+def na2d_qk(query: Tensor, key: Tensor, kernel_size, dilation=1, is_causal=False, rpb: Tensor | None = None) -> Tensor:
+    """Neighborhood scores over two axes, unfused and heads-first, as NATTEN 0.17 defines them: no scale is applied.
+
+    Args:
+        query, key: [B, heads, H, W, D], fp64, fp32, bf16 or fp16.
+        kernel_size, dilation, is_causal: as in `na2d`.
+        rpb: [heads, 2 K_0 - 1, 2 K_1 - 1] or None.
+
+    Returns:
+        [B, heads, H, W, K_0 * K_1] in query's dtype, slots row-major; -inf where a causal slot holds no key.
+    """
+    return _qk(2, query, key, kernel_size, dilation, is_causal, rpb)
+
+
+def na3d_qk(query: Tensor, key: Tensor, kernel_size, dilation=1, is_causal=False, rpb: Tensor | None = None) -> Tensor:
+    """Neighborhood scores over three axes, unfused; see `na2d_qk`, with [B, heads, D0, H, W, D]."""
+    return _qk(3, query, key, kernel_size, dilation, is_causal, rpb)
+
+
+def na1d_av(attn: Tensor, value: Tensor, kernel_size, dilation=1, is_causal=False) -> Tensor:
+    """Neighborhood weighted sums over one axis, unfused; see `na2d_av`, with [B, heads, L, K] and [B, heads, L, Dv]."""
+    return _av(1, attn, value, kernel_size, dilation, is_causal)
+
+
+def na2d_av(attn: Tensor, value: Tensor, kernel_size, dilation=1, is_causal=False) -> Tensor:
+    """Weighted sums of every query's neighborhood over two axes, unfused and heads-first, as NATTEN 0.17 defines them.
+
+    Args:
+        attn: [B, heads, H, W, K_0 * K_1], the weights, usually softmax of `na2d_qk`; cast to value's dtype.
+        value: [B, heads, H, W, Dv].
+        kernel_size, dilation, is_causal: as in `na2d`.
+
+    Returns:
+        [B, heads, H, W, Dv] in value's dtype; weights of slots without a key are not read.
+    """
+    return _av(2, attn, value, kernel_size, dilation, is_causal)
+
+
+def na3d_av(attn: Tensor, value: Tensor, kernel_size, dilation=1, is_causal=False) -> Tensor:
+    """Neighborhood weighted sums over three axes, unfused; see `na2d_av`, with [B, heads, D0, H, W, ...]."""
+    return _av(3, attn, value, kernel_size, dilation, is_causal)
+
+
+def _neighborhood_attention(
+    ndim, query, key, value, kernel_size, stride, dilation, is_causal, rpb, scale,
+    additional_keys, additional_values, dropout_p, return_lse,
+):  # fmt: skip
+    layout = f"[B, {', '.join(_AXES[ndim])}, heads, D]"
+    _check_tensor("query", query, ndim + 3, layout)
+    _check_tensor("key", key, ndim + 3, layout, like=query)
+    _check_tensor("value", value, ndim + 3, layout, like=query)
+    pattern = neighborhood_pattern(ndim, kernel_size, stride, dilation, is_causal)
+    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have query's shape but for heads, {list(query.shape)}, got {list(key.shape)}")
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}")
+    if query.numel():
+        check_fits(pattern, query.shape[1:-2])
+    heads, head_dim = query.shape[-2:]
+    _check_head_dim(head_dim, value.shape[-1])
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
+    if scale is None:
+        scale = head_dim**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    _check_rpb(rpb, heads, pattern, query.device)
+    _check_additional(additional_keys, additional_values, key, value)
+
+    key, value = (_share_heads(x, heads) for x in (key, value))
+    if additional_keys is not None:
+        additional_keys, additional_values = (_share_heads(x, heads) for x in (additional_keys, additional_values))
+    if dropout_p > 0:
+        out, lse = _with_dropout(
+            query, key, value, rpb, pattern, float(scale), additional_keys, additional_values, dropout_p
+        )
+    else:
+        out, lse = ops.local_attention(query, key, value, rpb, pattern, float(scale))
+        if additional_keys is not None:
+            out, lse = _merge_additional(out, lse, query, additional_keys, additional_values, scale)
+    return (out, lse) if return_lse else out
+
+
+def _with_dropout(query, key, value, rpb, pattern, scale, additional_keys, additional_values, dropout_p):
+    """Attention with dropout on the weights, from the unfused ops; heads-last in and out."""
+    first = [x.movedim(-2, 1) for x in (query, key, value)]  # [B, heads, *, D]
+    scores = ops.local_qk(first[0] * scale, first[1], rpb, pattern)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = scores.to(wide)
+    if additional_keys is not None:
+        extra = torch.einsum("b...hd,bthd->bh...t", query.to(wide), additional_keys.to(wide)) * scale
+        scores = torch.cat([scores, extra], dim=-1)
+    lse = scores.logsumexp(-1).movedim(1, -1)
+    weights = torch.dropout(scores.softmax(-1), dropout_p, True).to(value.dtype)
+    slots = pattern.num_slots
+    out = ops.local_av(weights[..., :slots], first[2], pattern).movedim(1, -2)
+    if additional_keys is not None:
+        out = out + torch.einsum("bh...t,bthd->b...hd", weights[..., slots:], additional_values.to(value.dtype))
+    return out, lse
+
+
+def _merge_additional(out, lse, query, additional_keys, additional_values, scale):
+    """Adds keys that every query sees: a second attention, merged by the two log-sum-exps."""
+    scores = torch.einsum("b...hd,bthd->b...ht", query.to(lse.dtype), additional_keys.to(lse.dtype)) * scale
+    extra_lse = scores.logsumexp(-1)
+    extra = torch.einsum("b...ht,bthd->b...hd", scores.softmax(-1), additional_values.to(lse.dtype))
+    total = torch.logaddexp(lse, extra_lse)
+    merged = out * (lse - total).exp()[..., None] + extra * (extra_lse - total).exp()[..., None]
+    return merged.to(out.dtype), total
+
+
+def _qk(ndim, query, key, kernel_size, dilation, is_causal, rpb):
+    layout = f"[B, heads, {', '.join(_AXES[ndim])}, D]"
+    _check_tensor("query", query, ndim + 3, layout)
+    _check_tensor("key", key, ndim + 3, layout, like=query)
+    pattern = neighborhood_pattern(ndim, kernel_size, 1, dilation, is_causal)
+    if key.shape != query.shape:
+        raise ValueError(f"key must have query's shape, {list(query.shape)}, got {list(key.shape)}")
+    if query.numel():
+        check_fits(pattern, query.shape[2:-1])
+    _check_head_dim(query.shape[-1])
+    _check_rpb(rpb, query.shape[1], pattern, query.device)
+    return ops.local_qk(query, key, rpb, pattern)
+
+
+def _av(ndim, attn, value, kernel_size, dilation, is_causal):
+    layout = f"[B, heads, {', '.join(_AXES[ndim])}, Dv]"
+    _check_tensor("value", value, ndim + 3, layout)
+    _check_tensor("attn", attn, ndim + 3, f"[B, heads, {', '.join(_AXES[ndim])}, T]")
+    pattern = neighborhood_pattern(ndim, kernel_size, 1, dilation, is_causal)
+    if attn.device != value.device:
+        raise ValueError(f"attn must be on value's device, {value.device}, got {attn.device}")
+    if attn.shape[:-1] != value.shape[:-1] or attn.shape[-1] != pattern.num_slots:
+        raise ValueError(
+            f"attn must have shape {[*value.shape[:-1], pattern.num_slots]} (value's, with one weight per slot), "
+            f"got {list(attn.shape)}"
+        )
+    if value.numel():
+        check_fits(pattern, value.shape[2:-1])
+    _check_head_dim(value.shape[-1])
+    return ops.local_av(attn.to(value.dtype), value, pattern)
+
+
+_AXES = {1: ("L",), 2: ("H", "W"), 3: ("D0", "H", "W")}
+
+
+def _check_tensor(name, given, rank, layout, like=None):
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(given).__name__}")
+    if given.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {given.dtype}")
+    if given.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {given.layout}")
+    if given.dim() != rank:
+        raise ValueError(f"{name} must have shape {layout}, got {list(given.shape)}")
+    if like is not None:
+        if given.device != like.device:
+            raise ValueError(f"{name} must be on query's device, {like.device}, got {given.device}")
+        if given.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            raise TypeError(f"{name} must have query's dtype, {like.dtype}, got {given.dtype}")
+
+
+def _check_head_dim(*dims):
+    for dim in dims:
+        if dim < 1:
+            raise ValueError(f"the last axis (head_dim) must hold at least 1 element, got {dim}")
+
+
+def _check_rpb(rpb, heads, pattern: Pattern, device):
+    if rpb is None:
+        return
+    if not isinstance(rpb, Tensor) or rpb.dtype not in _FLOATS:
+        raise TypeError(f"rpb must be a floating-point tensor or None, got {getattr(rpb, 'dtype', type(rpb).__name__)}")
+    expected = (heads, *pattern.rpb_shape)
+    if tuple(rpb.shape) != expected:
+        raise ValueError(f"rpb must have shape {list(expected)} (heads, 2 K - 1 per axis), got {list(rpb.shape)}")
+    if rpb.device != device:
+        raise ValueError(f"rpb must be on query's device, {device}, got {rpb.device}")
+
+
+def _check_additional(keys, values, key, value):
+    if (keys is None) != (values is None):
+        raise ValueError("additional_keys and additional_values must be given together")
+    if keys is None:
+        return
+    _check_tensor("additional_keys", keys, 4, "[B, T, heads, D]", like=key)
+    _check_tensor("additional_values", values, 4, "[B, T, heads, Dv]", like=key)
+    batch, heads_kv, head_dim = key.shape[0], key.shape[-2], key.shape[-1]
+    if keys.shape[0] != batch or keys.shape[2:] != (heads_kv, head_dim) or keys.shape[1] < 1:
+        raise ValueError(
+            f"additional_keys must have shape [{batch}, T, {heads_kv}, {head_dim}] with T >= 1, got {list(keys.shape)}"
+        )
+    expected = [batch, keys.shape[1], heads_kv, value.shape[-1]]
+    if list(values.shape) != expected:
+        raise ValueError(f"additional_values must have shape {expected}, got {list(values.shape)}")
+
+
+def _share_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeats key/value heads so that every query head has its own (grouped-query attention); x [..., heads_kv, D]."""
+    heads_kv = x.shape[-2]
+    if heads_kv == heads:
+        return x
+    if heads_kv < 1 or heads % heads_kv:
+        raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {heads_kv}")
+    return x.repeat_interleave(heads // heads_kv, dim=-2)
