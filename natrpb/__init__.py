@@ -1,11 +1,23 @@
 """Local attention with learned relative position bias for PyTorch, fused forward and backward."""
 
-from . import rpb
+from . import convert, models, modules, rpb
+from ._ext import info
 from .functional import na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk
+from .models import create_model, list_models
+from .modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "convert",
+    "create_model",
+    "info",
+    "list_models",
+    "models",
+    "modules",
     "na1d",
     "na1d_av",
     "na1d_qk",

@@ -69,22 +69,25 @@ def local_bias(rpb: Tensor, pattern: Pattern, spatial: Sequence[int]) -> Tensor:
     return rpb.flatten(1)[:, rel].masked_fill(~valid, 0).unflatten(1, tuple(spatial))
 
 
-def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern) -> Tensor:
+def local_qk(
+    query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, fill: float = float("-inf")
+) -> Tensor:
     """Scores of every query with its keys: attn[b,h,i,t] = <query_i, key_j(i,t)> + rpb[h, rel(i,t)], no scale.
 
     Args:
         query, key: [B, h, *, D].
         rpb: [h, *rpb_shape] or None.
+        fill: what a slot without a key holds; 0 where the result is a derivative.
 
     Returns:
-        [B, h, *, T] in query's dtype, -inf where a slot holds no key.
+        [B, h, *, T] in query's dtype.
     """
     spatial = query.shape[2:-1]
     keys, _, valid = pattern_index(pattern, spatial, query.device)
     attn = torch.einsum("bhnd,bhntd->bhnt", query.flatten(2, -2), key.flatten(2, -2)[:, :, keys])
     if rpb is not None:
         attn = attn + local_bias(rpb, pattern, spatial).flatten(1, -2)
-    return attn.to(query.dtype).masked_fill(~valid, float("-inf")).unflatten(2, spatial)
+    return attn.to(query.dtype).masked_fill(~valid, fill).unflatten(2, spatial)
 
 
 def local_av(attn: Tensor, value: Tensor, pattern: Pattern) -> Tensor:

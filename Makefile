@@ -1,0 +1,104 @@
+# The commands of this repository; `make help` lists them. A fresh machine needs Python >= 3.10, a C++ compiler and make.
+# Everything goes into $(VENV). A second run does only what a change asks for.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+TORCH_SPEC := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(TORCH))
+PYTHON_FILES := natrpb tests examples benchmarks setup.py
+NATIVE_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench build lint format cpp-test wheel clean FORCE
+
+help:
+	@echo 'make demo       train a small NAT on handwritten digits and write pictures of what it learned'
+	@echo 'make test       lint, C++ tests (plain and under sanitizers), Python tests'
+	@echo 'make bench      time the ops beside their peers'
+	@echo 'make build      compile and install natrpb into $(VENV), editable'
+	@echo 'make lint       ruff and clang-format, changing nothing'
+	@echo 'make format     ruff and clang-format, in place'
+	@echo 'make cpp-test   the C++ tests only'
+	@echo 'make wheel      a wheel in dist/'
+	@echo 'make clean      remove what was built (not $(VENV))'
+	@echo
+	@echo 'PYTHON=python3.12 makes $(VENV) with another Python, VENV=dir puts it elsewhere;'
+	@echo 'TORCH=2.12.0 (or a full requirement) takes another torch, in every command it is given to.'
+
+demo: build $(STAMPS)/demo
+	$(PY) -m examples.digits
+
+test: lint cpp-test build $(STAMPS)/test
+	$(PY) -m pytest -n 2
+
+bench: build $(STAMPS)/demo
+	$(PY) -m benchmarks
+
+build: $(STAMPS)/build
+
+lint: $(STAMPS)/test
+	$(VENV)/bin/ruff check $(PYTHON_FILES)
+	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_FILES)
+
+format: $(STAMPS)/test
+	$(VENV)/bin/ruff check --fix $(PYTHON_FILES)
+	$(VENV)/bin/ruff format $(PYTHON_FILES)
+	$(VENV)/bin/clang-format -i $(NATIVE_FILES)
+
+CMAKE := $(VENV)/bin/cmake
+CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release
+
+cpp-test: $(STAMPS)/test
+	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS)
+	$(CMAKE) --build build/cmake
+	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_SANITIZE=address,undefined
+	$(CMAKE) --build build/cmake-sanitize
+	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure
+
+wheel: $(STAMPS)/requirements
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info natrpb/*.so $(STAMPS)/build
+
+# The environment. Torch goes in first and alone, so that nothing else chooses its version.
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"natrpb needs Python >= 3.10, $(PYTHON) is {sys.version}")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/torch-spec: $(STAMPS)/venv FORCE
+	@echo '$(TORCH_SPEC)' | cmp -s - $@ || echo '$(TORCH_SPEC)' > $@
+
+$(STAMPS)/torch: $(STAMPS)/torch-spec
+	$(PIP) install '$(TORCH_SPEC)'
+	touch $@
+
+$(STAMPS)/requirements: $(STAMPS)/torch requirements/build.txt
+	$(PIP) install -r requirements/build.txt
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/requirements requirements/demo.txt
+	$(PIP) install -r requirements/demo.txt
+	touch $@
+
+# torch 2.x and torchvision 0.(x+15) are released together. Without it the tests that need timm are skipped.
+$(STAMPS)/test: $(STAMPS)/requirements requirements/demo.txt requirements/test.txt requirements/test-no-deps.txt
+	$(PIP) install -r requirements/test.txt
+	$(PIP) install --no-deps -r requirements/test-no-deps.txt
+	minor=$$($(PY) -c 'import torch; print(torch.__version__.split(".")[1])'); \
+	$(PIP) install --no-deps "torchvision==0.$$((minor + 15)).*" || $(PIP) uninstall -y torchvision
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/requirements setup.py pyproject.toml natrpb/__init__.py csrc/sources.txt $(NATIVE_FILES)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@

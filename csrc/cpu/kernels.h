@@ -1,0 +1,61 @@
+// The kernels of one instruction set, and what each op asks of them. Every set is the same source (local_attention_*.inl)
+// compiled for another target; local_attention.cpp chooses one at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/plan.h"
+#include "natrpb/local_attention.h"
+
+namespace natrpb::cpu {
+
+enum class Op { kForward, kBackward, kQk, kAv, kAvTransposed, kBiasGrad };
+
+// What an item stages (copies of its keys in the compute type) and accumulates.
+struct Needs {
+  bool scores, dscores;          // transposed keys for query . key; transposed values for dout . value
+  bool key_rows, value_rows;     // natural rows, for weighted sums
+  bool query_tile, dout_tile;    // natural rows of a block's queries, for scatters
+  bool dkey, dvalue, dbias;      // sums over the item's queries
+  bool bias;
+};
+
+inline Needs needs_of(Op op, const LocalAttentionParams& params) {
+  Needs needs{};
+  const bool with_scores = op == Op::kForward || op == Op::kBackward || op == Op::kQk;
+  needs.scores = with_scores;
+  needs.bias = with_scores && params.rpb;
+  needs.value_rows = op == Op::kForward || op == Op::kAv;
+  if (op == Op::kBackward) {
+    needs.dscores = needs.key_rows = needs.query_tile = needs.dout_tile = needs.dkey = needs.dvalue = true;
+    needs.dbias = params.drpb != nullptr;
+  }
+  if (op == Op::kAvTransposed) needs.dout_tile = needs.dvalue = true;
+  if (op == Op::kBiasGrad) needs.dbias = true;
+  return needs;
+}
+
+struct Kernels {
+  // Bytes of scratch that one thread needs.
+  int64_t (*scratch_bytes)(const LocalAttentionParams&, const Plan&, Op);
+  // Elements of the compute type that each item needs in the workspace; the item's bias table is the last of them.
+  int64_t (*workspace_elements)(const LocalAttentionParams&, const Plan&, Op);
+  void (*run_item)(const LocalAttentionParams&, const Plan&, Op, int64_t item, void* scratch);
+  // Sums key row (k0, k1) of a residue group over its boxes `parts` and writes dkey and dvalue.
+  void (*merge_keys)(const LocalAttentionParams&, const Plan&, Op, const Item* parts, int64_t k0, int64_t k1,
+                     int64_t columns, void* scratch);
+};
+
+namespace portable {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+}  // namespace natrpb::cpu

@@ -1,0 +1,160 @@
+// Launchers of the CPU kernels: cut the op into items, run them on the caller's threads, form the sums that cross items in a
+// fixed order.
+
+#include "natrpb/local_attention.h"
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+
+namespace natrpb::cpu {
+
+namespace {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAvx512) return avx512::kKernels;
+  if (active_isa() == Isa::kAvx2) return avx2::kKernels;
+#endif
+  return portable::kKernels;
+}
+
+Plan plan_of(const LocalAttentionParams& params, Op op) {
+  const Needs needs = needs_of(op, params);
+  const int64_t query_channels = (needs.scores + needs.key_rows + needs.dkey) * params.head_dim;
+  const int64_t value_channels = (needs.dscores + needs.value_rows + needs.dvalue) * params.value_dim;
+  return make_plan(params, query_channels + value_channels);
+}
+
+bool is_empty(const LocalAttentionParams& params) {
+  int64_t positions = params.batch * params.heads;
+  for (const Axis& axis : params.axis) positions *= axis.length;
+  return positions == 0;
+}
+
+size_t element_bytes(const LocalAttentionParams& params) {
+  return params.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+}
+
+// A thread's scratch memory, kept between calls: fresh pages would cost more than many a call computes.
+void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset();
+    size = 0;
+    buffer.reset(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64));
+    size = buffer ? bytes : 0;
+  }
+  return buffer.get();
+}
+
+template <class F>
+void run_parallel(ParallelFor parallel_for, int64_t count, F body) {
+  parallel_for(count, &body, [](void* f, int64_t begin, int64_t end) { (*static_cast<F*>(f))(begin, end); });
+}
+
+// dkey and dvalue from the boxes' partial sums, one key row of one residue group at a time.
+void merge_all_keys(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t bytes, ParallelFor parallel_for) {
+  const int64_t rows0 = params.axis[0].group_length(0), rows1 = params.axis[1].group_length(0);
+  const int64_t rows = rows0 * rows1;
+  run_parallel(parallel_for, plan.items / plan.boxes_total * rows, [&](int64_t begin, int64_t end) {
+    std::vector<Item> parts(plan.boxes_total);
+    int64_t loaded = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / rows, k0 = i % rows / rows1, k1 = i % rows1;
+      if (group != loaded) {
+        for (int64_t box = 0; box < plan.boxes_total; ++box) {
+          parts[box] = locate(params, plan, group * plan.boxes_total + box);
+        }
+        loaded = group;
+      }
+      if (k0 >= parts[0].size[0] || k1 >= parts[0].size[1]) continue;
+      kernels().merge_keys(params, plan, op, parts.data(), k0, k1, parts[0].size[2], thread_scratch(bytes));
+    }
+  });
+}
+
+// drpb[head][entry] = sum of the items' tables in the order of the items.
+template <class T>
+void merge_bias(const LocalAttentionParams& params, const Plan& plan, int64_t elements) {
+  std::vector<double> sum(plan.table);
+  const int64_t per_head = plan.groups_total * plan.boxes_total;
+  for (int64_t head = 0; head < params.heads; ++head) {
+    sum.assign(plan.table, 0.0);
+    for (int64_t batch = 0; batch < params.batch; ++batch) {
+      for (int64_t i = 0; i < per_head; ++i) {
+        const int64_t index = (batch * params.heads + head) * per_head + i;
+        if (locate(params, plan, index).empty) continue;
+        const T* part = static_cast<const T*>(params.workspace) + (index + 1) * elements - plan.table;
+        for (int64_t entry = 0; entry < plan.table; ++entry) sum[entry] += part[entry];
+      }
+    }
+    T* to = static_cast<T*>(params.drpb) + head * plan.table;
+    for (int64_t entry = 0; entry < plan.table; ++entry) to[entry] = static_cast<T>(sum[entry]);
+  }
+}
+
+Status run(const LocalAttentionParams& params, Op op, ParallelFor parallel_for) {
+  if (is_empty(params)) return {};
+  const Plan plan = plan_of(params, op);
+  const Needs needs = needs_of(op, params);
+  const int64_t bytes = kernels().scratch_bytes(params, plan, op);
+  bool out_of_memory = false;
+  run_parallel(parallel_for, plan.items, [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(bytes);
+    if (!scratch) {
+      out_of_memory = true;
+      return;
+    }
+    for (int64_t item = begin; item < end; ++item) kernels().run_item(params, plan, op, item, scratch);
+  });
+  if (out_of_memory) return Status::error("out of memory: a thread needs " + std::to_string(bytes) + " bytes of scratch");
+  if ((needs.dkey || needs.dvalue) && plan.boxes_total > 1) merge_all_keys(params, plan, op, bytes, parallel_for);
+  if (needs.dbias) {
+    const int64_t elements = kernels().workspace_elements(params, plan, op);
+    params.dtype == DType::kFloat64 ? merge_bias<double>(params, plan, elements) : merge_bias<float>(params, plan, elements);
+  }
+  return {};
+}
+
+int64_t workspace_bytes(const LocalAttentionParams& params, Op op) {
+  if (is_empty(params)) return 0;
+  const Plan plan = plan_of(params, op);
+  return plan.items * kernels().workspace_elements(params, plan, op) * static_cast<int64_t>(element_bytes(params));
+}
+
+}  // namespace
+
+int64_t local_attention_backward_workspace(const LocalAttentionParams& params) {
+  return workspace_bytes(params, Op::kBackward);
+}
+int64_t local_av_transposed_workspace(const LocalAttentionParams& params) {
+  return workspace_bytes(params, Op::kAvTransposed);
+}
+int64_t local_bias_grad_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kBiasGrad); }
+
+Status local_attention_forward(const LocalAttentionParams& params, ParallelFor parallel_for) {
+  return run(params, Op::kForward, parallel_for);
+}
+Status local_attention_backward(const LocalAttentionParams& params, ParallelFor parallel_for) {
+  return run(params, Op::kBackward, parallel_for);
+}
+Status local_qk(const LocalAttentionParams& params, ParallelFor parallel_for) { return run(params, Op::kQk, parallel_for); }
+Status local_av(const LocalAttentionParams& params, ParallelFor parallel_for) { return run(params, Op::kAv, parallel_for); }
+Status local_av_transposed(const LocalAttentionParams& params, ParallelFor parallel_for) {
+  return run(params, Op::kAvTransposed, parallel_for);
+}
+Status local_bias_grad(const LocalAttentionParams& params, ParallelFor parallel_for) {
+  return run(params, Op::kBiasGrad, parallel_for);
+}
+
+}  // namespace natrpb::cpu

@@ -1,0 +1,593 @@
+// One work item of every op: stage the item's keys, then for each block of queries compute scores, weights, sums, gradients.
+//
+// Staged keys are in the compute type, padded to whole vectors and zero behind the end, so that no tile knows strides, storage
+// types or remainders. The block loop runs columns outside and rows inside: lane maps and bias columns belong to a column.
+
+template <class T>
+inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+template <class S>
+struct Worker {
+  using T = Compute<S>;
+  static constexpr int L = kLanes<T>;
+
+  const LocalAttentionParams& params;
+  const Plan& plan;
+  const Needs needs;
+  Item item;
+  const int64_t depth, value_depth;                // D, Dv
+  const int64_t key_pitch, value_pitch;            // padded to whole vectors
+  const int64_t k1, k2, slots;
+  const int64_t table1, table2, bias_pitch;        // 2 K_1 - 1, 2 K_2 - 1, padded
+  Staged<T> key_rows, value_rows, dkey_rows, dvalue_rows;
+  T *key_columns, *value_columns;                  // transposed rows, [key row][channel][column_pitch]
+  int64_t column_pitch;
+  T *query_columns, *dout_columns;                 // [kRowTile][channel][L]
+  T *query_tile, *dout_tile, *result_tile;         // [kRowTile or 1][L][pitch]
+  T *score, *dscore;                               // [kRowTile][slots][L]
+  T *bias, *dbias;                                 // [table rows][bias_pitch]; [table rows][K_2][L]
+  size_t bytes;
+
+  static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
+
+  Worker(const LocalAttentionParams& p, const Plan& pl, const Needs& n, void* scratch)
+      : params(p), plan(pl), needs(n), depth(p.head_dim), value_depth(p.value_dim), key_pitch(padded(depth)),
+        value_pitch(padded(value_depth)), k1(p.axis[1].kernel_size), k2(p.axis[2].kernel_size), slots(pl.slots),
+        table1(2 * k1 - 1), table2(2 * k2 - 1), bias_pitch(padded(table2) + L),
+        column_pitch(padded(pl.key_size[2] + k2 + L)) {
+    const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
+    const int64_t tile = kRowTile * L;
+    Arena arena(scratch);
+    const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
+    key_columns = take(needs.scores, rows * depth * column_pitch);
+    value_columns = take(needs.dscores, rows * value_depth * column_pitch);
+    key_rows = {take(needs.key_rows, keys * key_pitch), 0, 0, key_pitch};
+    value_rows = {take(needs.value_rows, keys * value_pitch), 0, 0, value_pitch};
+    const bool shared = plan.boxes_total > 1;  // sums that cross items lie in the workspace
+    dkey_rows = {take(needs.dkey && !shared, keys * key_pitch), 0, 0, key_pitch};
+    dvalue_rows = {take(needs.dvalue && !shared, keys * value_pitch), 0, 0, value_pitch};
+    query_columns = take(needs.scores, kRowTile * depth * L);
+    dout_columns = take(needs.dscores, kRowTile * value_depth * L);
+    query_tile = take(needs.query_tile, tile * key_pitch);
+    dout_tile = take(needs.dout_tile, tile * value_pitch);
+    result_tile = take(true, L * (key_pitch > value_pitch ? key_pitch : value_pitch));
+    score = take(true, kRowTile * slots * L);
+    dscore = take(needs.dscores, kRowTile * slots * L);
+    bias = take(needs.bias, table_rows * bias_pitch);
+    dbias = take(needs.dbias, table_rows * k2 * L);
+    bytes = arena.used();
+  }
+
+  // ---- staging ----
+
+  int64_t position(int axis, int64_t p) const { return params.axis[axis].position(item.group[axis], p); }
+
+  // Address of a row's first element in storage; the row's next columns lie column_step apart.
+  S* row_start(const View& view, int64_t p0, int64_t p1, int64_t p2) const {
+    const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, p2)};
+    return static_cast<S*>(view.data) + view.offset(item.batch, item.head, at);
+  }
+  int64_t column_step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
+
+  static NATRPB_INLINE Vec<T> load_channels(const S* p, int64_t left) {
+    return left >= L ? load_as<T>(p) : load_part<T>(p, left);
+  }
+
+  // to[i][pitch] = factor * from[i]
+  static void copy_rows(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
+    for (int64_t i = 0; i < count; ++i, from += step, to += pitch) {
+      for (int64_t c = 0; c < channels; c += L) store(to + c, load_channels(from + c, channels - c) * factor);
+    }
+  }
+  // to[c][pitch] holds column i at lane i: to[c][i] = factor * from[i][c]; zero from count up to the next whole vector.
+  static void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
+    for (int64_t i = 0; i < count; i += L) {
+      const int live = static_cast<int>(min_of(L, count - i));
+      for (int64_t c = 0; c < channels; c += L) {
+        Vec<T> tile[L] = {};
+        if (live == L && channels - c >= L) {
+          unroll<L>([&](auto r) NATRPB_LAMBDA {
+            tile[decltype(r)::value] = load_as<T>(from + (i + decltype(r)::value) * step + c) * factor;
+          });
+        } else {
+          for (int r = 0; r < live; ++r) tile[r] = load_channels(from + (i + r) * step + c, channels - c) * factor;
+        }
+        transpose<T>(tile);
+        const int64_t rows = min_of(L, channels - c);
+        for (int r = 0; r < rows; ++r) store(to + (c + r) * pitch + i, tile[r]);
+      }
+    }
+  }
+
+  template <class F>
+  void for_key_rows(F&& body) const {
+    for (int64_t r0 = 0; r0 < item.key_n[0]; ++r0) {
+      for (int64_t r1 = 0; r1 < item.key_n[1]; ++r1) body(r0, r1);
+    }
+  }
+  void stage_columns(const View& view, int64_t channels, T* to) const {
+    const int64_t columns = item.key_n[2];
+    for_key_rows([&](int64_t r0, int64_t r1) {
+      T* row = to + (r0 * item.key_n[1] + r1) * channels * column_pitch;
+      const int64_t written = padded(columns);
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = written; i < column_pitch; i += L) store(row + c * column_pitch + i, Vec<T>{});
+      }
+      copy_columns(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), columns,
+                   channels, T(1), column_pitch, row);
+    });
+  }
+  void stage_rows(const View& view, int64_t channels, const Staged<T>& to) const {
+    for_key_rows([&](int64_t r0, int64_t r1) {
+      copy_rows(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view),
+                item.key_n[2], channels, T(1), to.pitch, to.at(r0, r1, 0));
+    });
+  }
+  void stage_bias() {
+    const T* table = static_cast<const T*>(params.rpb) + item.head * plan.table;
+    for (int64_t row = 0; row < plan.table / table2; ++row) {
+      T* to = bias + row * bias_pitch;
+      for (int64_t i = 0; i < bias_pitch; i += L) store(to + i, Vec<T>{});
+      __builtin_memcpy(to, table + row * table2, static_cast<size_t>(table2) * sizeof(T));
+    }
+  }
+
+  bool begin(int64_t index) {
+    item = locate(params, plan, index);
+    T* shared = static_cast<T*>(params.workspace) + index * workspace_elements(params, plan, needs);
+    if (plan.boxes_total > 1) {
+      if (needs.dkey) dkey_rows.data = shared;
+      if (needs.dvalue) dvalue_rows.data = shared + (needs.dkey ? plan.keys_max * key_pitch : 0);
+    }
+    if (item.empty) return false;
+    for (Staged<T>* rows : {&key_rows, &value_rows, &dkey_rows, &dvalue_rows}) {
+      rows->rows1 = item.key_n[1];
+      rows->columns = item.key_n[2];
+    }
+    if (needs.scores) stage_columns(params.key, depth, key_columns);
+    if (needs.dscores) stage_columns(params.value, value_depth, value_columns);
+    if (needs.key_rows) stage_rows(params.key, depth, key_rows);
+    if (needs.value_rows) stage_rows(params.value, value_depth, value_rows);
+    if (needs.dkey) clear(dkey_rows.data, item.keys() * key_pitch);
+    if (needs.dvalue) clear(dvalue_rows.data, item.keys() * value_pitch);
+    if (needs.bias) stage_bias();
+    return true;
+  }
+  static void clear(T* p, int64_t count) { __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(T)); }
+
+  // Elements of workspace per item: its sums over keys and its bias table.
+  static int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, const Needs& needs) {
+    const bool shared = plan.boxes_total > 1;
+    return (needs.dkey && shared ? plan.keys_max * padded(params.head_dim) : 0) +
+           (needs.dvalue && shared ? plan.keys_max * padded(params.value_dim) : 0) + (needs.dbias ? plan.table : 0);
+  }
+
+  // ---- blocks ----
+
+  Block<T> make_block(int64_t column) const {
+    const Axis& axis = params.axis[2];
+    Block<T> block;
+    block.column = column;
+    block.live = static_cast<int>(min_of(L, item.hi[2] - column));
+    block.full = true;
+    block.bias_base = table2;
+    for (int l = 0; l < L; ++l) {
+      const int64_t p = column + min_of(l, block.live - 1);
+      const Interval keys = axis.keys(p, item.size[2]);
+      block.first[l] = keys.first - item.key_lo[2];
+      block.count[l] = keys.count();
+      block.bias_first[l] = axis.bias_index(p, keys.first);
+      block.full &= block.count[l] == k2;
+      block.bias_base = min_of(block.bias_base, block.bias_first[l]);
+    }
+    block.key_lanes = map_lanes<T>(block.first, block.first[0], block.live);
+    block.bias_lanes = map_lanes<T>(block.bias_first, block.bias_base, block.live);
+    return block;
+  }
+
+  KeyRows key_rows_of(int64_t p0, int64_t p1) const {
+    const auto relative = [&](int axis, int64_t p) {
+      const Interval keys = params.axis[axis].keys(p, item.size[axis]);
+      return Interval{keys.first - item.key_lo[axis], keys.last - item.key_lo[axis]};
+    };
+    return {relative(0, p0), relative(1, p1)};
+  }
+  // Row of a bias table for query row (p0, p1) and key row (r0, r1), r relative to the box.
+  int64_t bias_row(int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
+    return params.axis[0].bias_index(p0, r0 + item.key_lo[0]) * table1 +
+           params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
+  }
+  int64_t slot_row(const KeyRows& rows, int64_t r0, int64_t r1) const {
+    return ((r0 - rows.axis0.first) * k1 + r1 - rows.axis1.first) * k2;
+  }
+  bool all_slots(const Block<T>& block, const KeyRows& rows) const {
+    return block.full && rows.axis0.count() * rows.axis1.count() * k2 == slots;
+  }
+
+  // p[slot][lane] = the bias of every pair of one query row
+  void start_from_bias(const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows, T* p) const {
+    for (int64_t r0 = rows.axis0.first; r0 <= rows.axis0.last; ++r0) {
+      for (int64_t r1 = rows.axis1.first; r1 <= rows.axis1.last; ++r1) {
+        const T* table = bias + bias_row(p0, p1, r0, r1) * bias_pitch + block.bias_base;
+        T* to = p + slot_row(rows, r0, r1) * L;
+        for (int64_t t = 0; t < k2; ++t) store(to + t * L, load_lanes(table + t, block.bias_lanes));
+      }
+    }
+  }
+
+  // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, p1 + r), r < count.
+  void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
+              int64_t channels, bool with_bias, T* to) const {
+    ScoreArgs<T> args{};
+    args.depth = channels;
+    args.pitch = column_pitch;
+    args.key_lanes = &block.key_lanes;
+    for (int r = 0; r < count; ++r) {
+      with_bias ? start_from_bias(block, p0, p1 + r, rows[r], to + r * slots * L) : clear(to + r * slots * L, slots * L);
+    }
+    const int64_t tiles = ceil_div(k2, kSlotTile), tile = ceil_div(k2, tiles);
+    for (int64_t r0 = rows[0].axis0.first; r0 <= rows[0].axis0.last; ++r0) {
+      int begin = 0, end = 0;  // the query rows that see key row r1; both only grow
+      for (int64_t r1 = rows[0].axis1.first; r1 <= rows[count - 1].axis1.last; ++r1) {
+        while (end < count && rows[end].axis1.first <= r1) ++end;
+        while (begin < end && rows[begin].axis1.last < r1) ++begin;
+        if (begin == end) continue;
+        for (int64_t t = 0; t < k2; t += tile) {
+          const int64_t n = min_of(tile, k2 - t);
+          args.query = query + begin * channels * L;
+          args.key = key + (r0 * item.key_n[1] + r1) * channels * column_pitch + block.first[0] + t;
+          for (int r = begin; r < end; ++r) {
+            args.score[r - begin] = to + (r * slots + slot_row(rows[r], r0, r1) + t) * L;
+          }
+          pick_score_tile<T>(end - begin, static_cast<int>(n), block.key_lanes.reach)(args);
+        }
+      }
+    }
+  }
+
+  // Sets the slots without a key to `fill`, so that loops over all slots need no conditions.
+  void fill_missing(const Block<T>& block, const KeyRows& rows, T fill, T* p) const {
+    if (all_slots(block, rows)) return;
+    Index<T> count;
+    for (int l = 0; l < L; ++l) count[l] = block.count[l];
+    const Vec<T> filler = splat(fill);
+    for (int64_t t0 = 0; t0 < params.axis[0].kernel_size; ++t0) {
+      for (int64_t t1 = 0; t1 < k1; ++t1) {
+        const bool row_exists = t0 < rows.axis0.count() && t1 < rows.axis1.count();
+        for (int64_t t2 = 0; t2 < k2; ++t2) {
+          T* at = p + ((t0 * k1 + t1) * k2 + t2) * L;
+          const auto t = static_cast<decltype(count[0] + 0)>(t2);
+          store(at, row_exists ? (count > t ? load(at) : filler) : filler);
+        }
+      }
+    }
+  }
+
+  // Reads one number per live lane from a view with one channel; the other lanes are zero.
+  Vec<T> load_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block) const {
+    Vec<T> v{};
+    const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
+    const T* from = static_cast<const T*>(view.data) + view.offset(item.batch, item.head, at);
+    for (int l = 0; l < block.live; ++l) v[l] = from[l * column_step(view)];
+    return v;
+  }
+  void store_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block, Vec<T> v) const {
+    const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
+    T* to = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
+    for (int l = 0; l < block.live; ++l) to[l * column_step(view)] = v[l];
+  }
+  static void store_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) store_as(to + c, load(from + c) * factor);
+    if (c < channels) store_part<T>(to + c, load(from + c) * factor, channels - c);
+  }
+  // Writes tile[lane][channel] * factor[lane] to the block's queries.
+  void store_tile(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const T* tile, int64_t pitch,
+                  int64_t channels, Vec<T> factor) const {
+    S* to = row_start(view, p0, p1, block.column);
+    for (int l = 0; l < block.live; ++l) {
+      store_row(tile + l * pitch, channels, splat(T(factor[l])), to + l * column_step(view));
+    }
+  }
+
+  // attn[query][slot] <-> p[slot][lane]
+  void store_attn(int64_t p0, int64_t p1, const Block<T>& block, const T* p) const {
+    S* to = row_start(params.attn, p0, p1, block.column);
+    for (int64_t t = 0; t < slots; t += L) {
+      Vec<T> tile[L] = {};
+      const int64_t n = min_of(L, slots - t);
+      for (int64_t i = 0; i < n; ++i) tile[i] = load(p + (t + i) * L);
+      transpose<T>(tile);
+      for (int l = 0; l < block.live; ++l) {
+        S* row = to + l * column_step(params.attn) + t;
+        n == L ? store_as(row, tile[l]) : store_part<T>(row, tile[l], n);
+      }
+    }
+  }
+  void load_attn(int64_t p0, int64_t p1, const Block<T>& block, T* p) const {
+    copy_columns(row_start(params.attn, p0, p1, block.column), column_step(params.attn), block.live, slots, T(1), L, p);
+  }
+
+  // dbias[table row][t][lane] += dscore[slot][lane]; lanes meet in flush_bias, where their table columns are known.
+  void add_bias_grad(int64_t p0, int64_t p1, const KeyRows& rows, const T* dp) const {
+    for (int64_t r0 = rows.axis0.first; r0 <= rows.axis0.last; ++r0) {
+      for (int64_t r1 = rows.axis1.first; r1 <= rows.axis1.last; ++r1) {
+        T* to = dbias + bias_row(p0, p1, r0, r1) * k2 * L;
+        const T* from = dp + slot_row(rows, r0, r1) * L;
+        for (int64_t i = 0; i < k2 * L; i += L) store(to + i, load(to + i) + load(from + i));
+      }
+    }
+  }
+  void flush_bias(const Block<T>& block, T* table) const {
+    for (int64_t row = 0; row < plan.table / table2; ++row) {
+      for (int64_t t = 0; t < k2; ++t) {
+        T* lanes = dbias + (row * k2 + t) * L;
+        for (int l = 0; l < block.live; ++l) {
+          if (t < block.count[l]) table[row * table2 + block.bias_first[l] + t] += lanes[l];
+        }
+        store(lanes, Vec<T>{});
+      }
+    }
+  }
+
+  // Calls row(block, p0, p1, count, rows) for groups of up to kRowTile query rows, and column_end(block) after each column.
+  template <class Row, class End>
+  void for_blocks(Row&& row, End&& column_end) const {
+    for (int64_t column = item.lo[2]; column < item.hi[2]; column += L) {
+      const Block<T> block = make_block(column);
+      for (int64_t p0 = item.lo[0]; p0 < item.hi[0]; ++p0) {
+        for (int64_t p1 = item.lo[1]; p1 < item.hi[1]; p1 += kRowTile) {
+          const int count = static_cast<int>(min_of(kRowTile, item.hi[1] - p1));
+          KeyRows rows[kRowTile];
+          for (int r = 0; r < count; ++r) rows[r] = key_rows_of(p0, p1 + r);
+          row(block, p0, p1, count, rows);
+        }
+      }
+      column_end(block);
+    }
+  }
+
+  // query or dout of `count` rows as columns [row][channel][lane], scaled
+  void stage_block(const View& view, int64_t p0, int64_t p1, int count, const Block<T>& block, int64_t channels, T factor,
+                   T* columns) const {
+    for (int r = 0; r < count; ++r) {
+      copy_columns(row_start(view, p0, p1 + r, block.column), column_step(view), block.live, channels, factor, L,
+                   columns + r * channels * L);
+    }
+  }
+
+  // ---- ops ----
+
+  void forward() {
+    for_blocks(
+        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+          stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
+          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+          for (int r = 0; r < count; ++r) {
+            T* p = score + r * slots * L;
+            fill_missing(block, rows[r], -kInfinity<T>, p);
+            Vec<T> peak = load(p);
+            for (int64_t t = 1; t < slots; ++t) peak = max<Vec<T>>(peak, load(p + t * L));
+            Vec<T> sum{};
+            for (int64_t t = 0; t < slots; ++t) {
+              const Vec<T> e = exp(load(p + t * L) - peak);
+              store(p + t * L, e);
+              sum += e;
+            }
+            weighted_sum(p, block, rows[r], k1, k2, value_rows, result_tile);
+            store_tile(params.out, p0, p1 + r, block, result_tile, value_pitch, value_depth, T(1) / sum);
+            store_scalars(params.lse, p0, p1 + r, block, peak + log<T>(sum));
+          }
+        },
+        [](const Block<T>&) {});
+  }
+
+  void backward() {
+    T* table = bias_part();
+    const T scale = static_cast<T>(params.scale);
+    for_blocks(
+        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+          stage_block(params.query, p0, p1, count, block, depth, scale, query_columns);
+          stage_block(params.dout, p0, p1, count, block, value_depth, T(1), dout_columns);
+          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+          scores(block, p0, p1, count, rows, dout_columns, value_columns, value_depth, false, dscore);
+          for (int r = 0; r < count; ++r) {
+            T* p = score + r * slots * L;
+            T* dp = dscore + r * slots * L;
+            fill_missing(block, rows[r], -kInfinity<T>, p);
+            fill_missing(block, rows[r], T(0), dp);
+            softmax_backward(load_scalars(params.lse, p0, p1 + r, block),
+                             params.dlse.data ? load_scalars(params.dlse, p0, p1 + r, block) : Vec<T>{}, p, dp);
+            weighted_sum(dp, block, rows[r], k1, k2, key_rows, result_tile);
+            store_tile(params.dquery, p0, p1 + r, block, result_tile, key_pitch, depth, splat(scale));
+            copy_rows(row_start(params.query, p0, p1 + r, block.column), column_step(params.query), block.live, depth, scale,
+                      key_pitch, query_tile);
+            copy_rows(row_start(params.dout, p0, p1 + r, block.column), column_step(params.dout), block.live, value_depth,
+                      T(1), value_pitch, dout_tile);
+            scatter(dp, block, rows[r], k1, k2, query_tile, dkey_rows);
+            scatter(p, block, rows[r], k1, k2, dout_tile, dvalue_rows);
+            if (needs.dbias) add_bias_grad(p0, p1 + r, rows[r], dp);
+          }
+        },
+        [&](const Block<T>& block) {
+          if (needs.dbias) flush_bias(block, table);
+        });
+    store_keys();
+  }
+  // p: scores -> weights exp(s - lse);  dp: d weights -> d scores p * (dp - sum p dp + dlse)
+  void softmax_backward(Vec<T> lse, Vec<T> dlse, T* p, T* dp) const {
+    Vec<T> delta{};
+    for (int64_t t = 0; t < slots; ++t) {
+      const Vec<T> weight = exp(load(p + t * L) - lse);
+      store(p + t * L, weight);
+      delta += weight * load(dp + t * L);
+    }
+    delta -= dlse;
+    for (int64_t t = 0; t < slots; ++t) store(dp + t * L, load(p + t * L) * (load(dp + t * L) - delta));
+  }
+
+  void qk() {
+    for_blocks(
+        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+          stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
+          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+          for (int r = 0; r < count; ++r) {
+            T* p = score + r * slots * L;
+            fill_missing(block, rows[r], static_cast<T>(params.fill), p);
+            store_attn(p0, p1 + r, block, p);
+          }
+        },
+        [](const Block<T>&) {});
+  }
+
+  // av, av_transposed and bias_grad: `use` consumes the weights of one row of queries.
+  template <class Use, class End>
+  void for_attn(Use&& use, End&& column_end) {
+    for_blocks(
+        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+          for (int r = 0; r < count; ++r) {
+            load_attn(p0, p1 + r, block, score);
+            use(block, p0, p1 + r, rows[r]);
+          }
+        },
+        column_end);
+  }
+  void av() {
+    for_attn(
+        [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
+          weighted_sum(score, block, rows, k1, k2, value_rows, result_tile);
+          store_tile(params.out, p0, p1, block, result_tile, value_pitch, value_depth, splat(T(1)));
+        },
+        [](const Block<T>&) {});
+  }
+  void av_transposed() {
+    for_attn(
+        [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
+          copy_rows(row_start(params.dout, p0, p1, block.column), column_step(params.dout), block.live, value_depth, T(1),
+                    value_pitch, dout_tile);
+          scatter(score, block, rows, k1, k2, dout_tile, dvalue_rows);
+        },
+        [](const Block<T>&) {});
+    store_keys();
+  }
+  void bias_grad() {
+    T* table = bias_part();
+    for_attn([&](const Block<T>&, int64_t p0, int64_t p1, const KeyRows& rows) { add_bias_grad(p0, p1, rows, score); },
+             [&](const Block<T>& block) { flush_bias(block, table); });
+  }
+
+  // ---- sums that leave the item ----
+
+  // The item's table in the workspace, cleared.
+  T* bias_part() const {
+    if (!needs.dbias) return nullptr;
+    const int64_t elements = workspace_elements(params, plan, needs);
+    T* part = static_cast<T*>(params.workspace) + (item.index + 1) * elements - plan.table;
+    clear(part, plan.table);
+    clear(dbias, plan.table / table2 * k2 * L);
+    return part;
+  }
+  // An item that is a whole residue group owns its keys and writes them; otherwise merge_keys does.
+  void store_keys() const {
+    if (plan.boxes_total > 1) return;
+    for_key_rows([&](int64_t r0, int64_t r1) {
+      for (int64_t column = 0; column < item.key_n[2]; ++column) {
+        const auto write = [&](const View& view, const Staged<T>& rows, int64_t channels) {
+          store_row(rows.at(r0, r1, column), channels, splat(T(1)),
+                    row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2] + column));
+        };
+        if (needs.dkey) write(params.dkey, dkey_rows, depth);
+        if (needs.dvalue) write(params.dvalue, dvalue_rows, value_depth);
+      }
+    });
+  }
+  // Sums one key row of a residue group over all boxes that saw it, in the order of the boxes.
+  void merge_keys(const Item* parts, int64_t k0, int64_t k1_row, int64_t columns) {
+    item = parts[0];
+    const int64_t elements = workspace_elements(params, plan, needs);
+    const auto merge = [&](const View& view, int64_t offset, int64_t pitch, int64_t channels) {
+      for (int64_t column = 0; column < columns; ++column) {
+        clear(result_tile, pitch);
+        for (int64_t box = 0; box < plan.boxes_total; ++box) {
+          const Item& part = parts[box];
+          const int64_t r0 = k0 - part.key_lo[0], r1 = k1_row - part.key_lo[1], c = column - part.key_lo[2];
+          if (part.empty || r0 < 0 || r0 >= part.key_n[0] || r1 < 0 || r1 >= part.key_n[1] || c < 0 || c >= part.key_n[2]) {
+            continue;
+          }
+          const T* from = static_cast<const T*>(params.workspace) + part.index * elements + offset +
+                          ((r0 * part.key_n[1] + r1) * part.key_n[2] + c) * pitch;
+          for (int64_t i = 0; i < pitch; i += L) store(result_tile + i, load(result_tile + i) + load(from + i));
+        }
+        store_row(result_tile, channels, splat(T(1)), row_start(view, k0, k1_row, column));
+      }
+    };
+    if (needs.dkey) merge(params.dkey, 0, key_pitch, depth);
+    if (needs.dvalue) merge(params.dvalue, needs.dkey ? plan.keys_max * key_pitch : 0, value_pitch, value_depth);
+  }
+};
+
+// ---- entry points, see kernels.h ----
+
+template <class F>
+auto with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+template <class Pointer>
+struct StorageOf;
+template <class S>
+struct StorageOf<S*> {
+  typedef Worker<S> worker;
+};
+
+int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
+  return with_storage(params.dtype, [&](auto storage) {
+    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), nullptr);
+    return static_cast<int64_t>(worker.bytes);
+  });
+}
+
+int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, Op op) {
+  return with_storage(params.dtype, [&](auto storage) {
+    return StorageOf<decltype(storage)>::worker::workspace_elements(params, plan, needs_of(op, params));
+  });
+}
+
+void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
+  with_storage(params.dtype, [&](auto storage) {
+    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
+    if (!worker.begin(index)) return;
+    switch (op) {
+      case Op::kForward:
+        return worker.forward();
+      case Op::kBackward:
+        return worker.backward();
+      case Op::kQk:
+        return worker.qk();
+      case Op::kAv:
+        return worker.av();
+      case Op::kAvTransposed:
+        return worker.av_transposed();
+      case Op::kBiasGrad:
+        return worker.bias_grad();
+    }
+  });
+}
+
+void merge_keys(const LocalAttentionParams& params, const Plan& plan, Op op, const Item* parts, int64_t k0, int64_t k1,
+                int64_t columns, void* scratch) {
+  with_storage(params.dtype, [&](auto storage) {
+    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
+    worker.merge_keys(parts, k0, k1, columns);
+  });
+}
+
+extern const Kernels kKernels = {scratch_bytes, workspace_elements, run_item, merge_keys};

@@ -1,0 +1,93 @@
+#include "cpu/plan.h"
+
+namespace natrpb::cpu {
+
+namespace {
+
+// A box's staged keys should stay in a core's second-level cache beside the score block.
+constexpr int64_t kScratchElements = 160 * 1024;
+// Enough items to keep a few cores busy evenly; more would only repeat halos.
+constexpr int64_t kItemsWanted = 16;
+// Axis 2 is cut in multiples of the widest vector's lanes.
+constexpr int64_t kColumnUnit = 16;
+
+int64_t key_extent(const Axis& axis, int64_t box, int64_t group_length) {
+  const int64_t halo = axis.kind == AxisKind::kWindow ? 2 * (axis.kernel_size - 1)
+                                                      : axis.kernel_size - 1 + axis.stride - 1;
+  return min_of(box + halo, group_length);
+}
+
+}  // namespace
+
+Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
+  Plan plan{};
+  plan.groups_total = plan.slots = plan.table = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const Axis& axis = params.axis[a];
+    plan.groups[a] = axis.groups();
+    plan.groups_total *= plan.groups[a];
+    plan.slots *= axis.kernel_size;
+    plan.table *= 2 * axis.kernel_size - 1;
+    plan.box_size[a] = axis.group_length(0);
+  }
+  const auto measure = [&] {
+    plan.boxes_total = plan.keys_max = 1;
+    for (int a = 0; a < kAxes; ++a) {
+      const int64_t longest = params.axis[a].group_length(0);
+      plan.boxes[a] = ceil_div(longest, plan.box_size[a]);
+      plan.key_size[a] = key_extent(params.axis[a], plan.box_size[a], longest);
+      plan.boxes_total *= plan.boxes[a];
+      plan.keys_max *= plan.key_size[a];
+    }
+    plan.items = params.batch * params.heads * plan.groups_total * plan.boxes_total;
+  };
+  measure();
+  // Halve the outermost axis that is still long beside its kernel, until items are small and many enough.
+  while (true) {
+    const bool too_large = plan.keys_max * channels > kScratchElements;
+    const bool too_few = plan.items < kItemsWanted;
+    if (!too_large && !too_few) break;
+    int cut = -1;
+    for (int a = 0; a < kAxes && cut < 0; ++a) {
+      const int64_t unit = a == kAxes - 1 ? kColumnUnit : 1;
+      if (plan.box_size[a] >= 2 * max_of(2 * params.axis[a].kernel_size, unit)) cut = a;
+    }
+    if (cut < 0) break;
+    const int64_t unit = cut == kAxes - 1 ? kColumnUnit : 1;
+    plan.box_size[cut] = ceil_div(ceil_div(plan.box_size[cut], 2), unit) * unit;
+    measure();
+  }
+  return plan;
+}
+
+Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index) {
+  Item item{};
+  item.index = index;
+  int64_t rest = index;
+  int64_t box[kAxes];
+  for (int a = kAxes - 1; a >= 0; --a) {
+    box[a] = rest % plan.boxes[a];
+    rest /= plan.boxes[a];
+  }
+  for (int a = kAxes - 1; a >= 0; --a) {
+    item.group[a] = rest % plan.groups[a];
+    rest /= plan.groups[a];
+  }
+  item.head = rest % params.heads;
+  item.batch = rest / params.heads;
+  for (int a = 0; a < kAxes; ++a) {
+    const Axis& axis = params.axis[a];
+    item.size[a] = axis.group_length(item.group[a]);
+    item.lo[a] = box[a] * plan.box_size[a];
+    item.hi[a] = min_of(item.lo[a] + plan.box_size[a], item.size[a]);
+    if (item.lo[a] >= item.hi[a]) {
+      item.empty = true;
+      return item;
+    }
+    item.key_lo[a] = axis.keys(item.lo[a], item.size[a]).first;
+    item.key_n[a] = axis.keys(item.hi[a] - 1, item.size[a]).last - item.key_lo[a] + 1;
+  }
+  return item;
+}
+
+}  // namespace natrpb::cpu

@@ -1,0 +1,65 @@
+// How an op is cut into independent work items, and what lies where in a thread's scratch memory.
+//
+// An item is one (batch, head, residue group, box of queries). Its keys are the union of its queries' intervals, a box again.
+// The cut depends on shapes alone, never on threads: sums that cross items are formed in a fixed order, so results are equal
+// in bits for any number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "natrpb/local_attention.h"
+
+namespace natrpb::cpu {
+
+struct Plan {
+  int64_t groups[kAxes];    // residue groups per axis
+  int64_t boxes[kAxes];     // query boxes per axis of the longest group
+  int64_t box_size[kAxes];  // queries per box, the last one may hold fewer
+  int64_t key_size[kAxes];  // most keys that a box needs per axis
+  int64_t groups_total;
+  int64_t boxes_total;  // per residue group
+  int64_t items;
+  int64_t keys_max;     // product of key_size
+  int64_t slots;        // K_0 K_1 K_2
+  int64_t table;        // entries of one head's bias table
+};
+
+// `channels` is the number of compute-type elements that the op stages per key.
+Plan make_plan(const LocalAttentionParams& params, int64_t channels);
+
+struct Item {
+  int64_t batch, head;
+  int64_t index;         // of the item
+  int64_t group[kAxes];  // residue
+  int64_t size[kAxes];   // positions in the group
+  int64_t lo[kAxes];     // queries lo .. hi - 1, in-group
+  int64_t hi[kAxes];
+  int64_t key_lo[kAxes];  // keys key_lo .. key_lo + key_n - 1, in-group
+  int64_t key_n[kAxes];
+  bool empty;
+
+  int64_t keys() const { return key_n[0] * key_n[1] * key_n[2]; }
+};
+
+Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index);
+
+// Hands out 64-byte-aligned pieces of one buffer. With a null buffer it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace natrpb::cpu

@@ -1,0 +1,266 @@
+// Vectors of float and double, written once on the compilers' vector extension and compiled for several instruction sets.
+// The including file has chosen NATRPB_ISA and kVectorBytes, and the target by pragma; include every header before that.
+
+template <class T>
+struct VectorType;
+template <>
+struct VectorType<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorType<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vec = typename VectorType<T>::type;
+template <class T>
+using Index = typename VectorType<T>::index;
+template <class T>
+using Bits = typename VectorType<T>::bits;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <int I>
+struct Const {
+  static constexpr int value = I;
+};
+
+template <class F, int... I>
+NATRPB_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(Const<I>{}), ...);
+}
+// Calls f(Const<0>{}) ... f(Const<N - 1>{}); keeps arrays that f indexes in registers.
+template <int N, class F>
+NATRPB_INLINE void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+template <class T>
+NATRPB_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+NATRPB_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+NATRPB_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // GCC broadcasts a scalar operand; x - 0 keeps the sign of zero
+}
+template <class V, class U>
+NATRPB_INLINE V bit_cast(U u) {
+  static_assert(sizeof(V) == sizeof(U));
+  V v;
+  __builtin_memcpy(&v, &u, sizeof v);
+  return v;
+}
+template <class V>
+NATRPB_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+// result[l] = v[index[l]]. The intrinsics with an explicit full mask are the ones that GCC 12 does not warn about.
+template <class T>
+NATRPB_INLINE Vec<T> permute(Vec<T> v, Index<T> index) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(index), bit_cast<__m512>(v)));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_maskz_permutexvar_pd(0xff, bit_cast<__m512i>(index), bit_cast<__m512d>(v)));
+  }
+#elif defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm256_permutevar8x32_ps(bit_cast<__m256>(v), bit_cast<__m256i>(index)));
+  }
+#endif
+  Vec<T> result;
+  for (int l = 0; l < kLanes<T>; ++l) result[l] = v[index[l]];
+  return result;
+}
+
+// exp(x) for x <= 0 or a little above: relative error below 2 units in the last place, exact zero below the smallest normal
+// number, NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and a Taylor polynomial in r.
+NATRPB_INLINE Vec<float> exp(Vec<float> x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec<float> shifted = x * 1.44269504f + kRound;
+  const Vec<float> n = shifted - kRound;
+  const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860677e-06f;
+  Vec<float> y = splat(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const Vec<float> power = bit_cast<Vec<float>>((bit_cast<Bits<float>>(shifted) + 127) << 23);
+  return x < -87.0f ? Vec<float>{} : y * power;
+}
+NATRPB_INLINE Vec<double> exp(Vec<double> x) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  const Vec<double> shifted = x * 1.4426950408889634 + kRound;
+  const Vec<double> n = shifted - kRound;
+  const Vec<double> r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  Vec<double> y = splat(1.0 / 6227020800.0);
+  y = y * r + 1.0 / 479001600.0;
+  y = y * r + 1.0 / 39916800.0;
+  y = y * r + 1.0 / 3628800.0;
+  y = y * r + 1.0 / 362880.0;
+  y = y * r + 1.0 / 40320.0;
+  y = y * r + 1.0 / 5040.0;
+  y = y * r + 1.0 / 720.0;
+  y = y * r + 1.0 / 120.0;
+  y = y * r + 1.0 / 24.0;
+  y = y * r + 1.0 / 6.0;
+  y = y * r + 0.5;
+  y = y * r + 1.0;
+  y = y * r + 1.0;
+  const Vec<double> power = bit_cast<Vec<double>>((bit_cast<Bits<double>>(shifted) + 1023) << 52);
+  return x < -708.0 ? Vec<double>{} : y * power;
+}
+
+// log(x) for normal x > 0; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
+template <class T>
+NATRPB_INLINE Vec<T> log(Vec<T> x) {
+  constexpr bool kSingle = sizeof(T) == 4;
+  constexpr int kMantissa = kSingle ? 23 : 52;
+  using Word = Bits<T>;
+  const Word half = bit_cast<Word>(splat(T(0.70710678118654752440)));
+  const Index<T> exponent = bit_cast<Index<T>>(bit_cast<Word>(x) - half) >> kMantissa;
+  const Vec<T> m = bit_cast<Vec<T>>(bit_cast<Word>(x) - (bit_cast<Word>(exponent) << kMantissa));
+  const Vec<T> s = (m - T(1)) / (m + T(1));
+  const Vec<T> z = s * s;
+  constexpr int kTerms = kSingle ? 5 : 11;  // |s| <= 0.172, z^kTerms / (2 kTerms + 1) is below half a unit
+  Vec<T> series = splat(T(1) / (2 * kTerms - 1));
+  for (int k = kTerms - 2; k >= 0; --k) series = series * z + T(1) / (2 * k + 1);
+  const Vec<T> result = T(2) * s * series + __builtin_convertvector(exponent, Vec<T>) * T(0.69314718055994530942);
+  return x == x ? result : x;
+}
+
+// ---- storage types ----------------------------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));  // one 16-bit word per float lane
+
+template <class S>
+struct ComputeType {
+  typedef float type;
+};
+template <>
+struct ComputeType<double> {
+  typedef double type;
+};
+template <class S>
+using Compute = typename ComputeType<S>::type;
+
+NATRPB_INLINE HalfWords load_words(const void* p) {
+  HalfWords words;
+  __builtin_memcpy(&words, p, sizeof words);
+  return words;
+}
+
+template <class T>
+NATRPB_INLINE Vec<T> load_as(const T* p) {
+  return load(p);
+}
+template <class T>
+NATRPB_INLINE Vec<float> load_as(const BFloat16* p) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(load_words(p), Bits<float>) << 16);
+}
+template <class T>
+NATRPB_INLINE Vec<float> load_as(const Float16* p) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(load_words(p))));
+#elif defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(load_words(p))));
+#else
+  const Bits<float> word = __builtin_convertvector(load_words(p), Bits<float>);
+  const Bits<float> magnitude = (word & 0x7fffu) << 13;
+  const Bits<float> finite = bit_cast<Bits<float>>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const Bits<float> value = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : finite;
+  return bit_cast<Vec<float>>(value | (word & 0x8000u) << 16);
+#endif
+}
+
+template <class T>
+NATRPB_INLINE void store_as(T* p, Vec<T> v) {
+  store(p, v);
+}
+NATRPB_INLINE void store_as(BFloat16* p, Vec<float> v) {
+  const Bits<float> word = bit_cast<Bits<float>>(v);
+  const Bits<float> rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  const Bits<float> result = v == v ? rounded : ((word >> 16) | 0x40u);
+  const HalfWords words = __builtin_convertvector(result, HalfWords);
+  __builtin_memcpy(p, &words, sizeof words);
+}
+NATRPB_INLINE void store_as(Float16* p, Vec<float> v) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  const HalfWords words = bit_cast<HalfWords>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 32
+  const HalfWords words = bit_cast<HalfWords>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Bits<float> word = bit_cast<Bits<float>>(v);
+  const Bits<float> magnitude = word & 0x7fffffffu;
+  const Bits<float> normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  const Bits<float> subnormal = bit_cast<Bits<float>>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  Bits<float> result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? (Bits<float>{} + 0x7c00u) : result;
+  result = v == v ? result : (Bits<float>{} + 0x7e00u);
+  const HalfWords words = __builtin_convertvector(result | ((word >> 16) & 0x8000u), HalfWords);
+#endif
+  __builtin_memcpy(p, &words, sizeof words);
+}
+
+// The first n < kLanes elements; the other lanes are zero, and nothing behind them is touched.
+template <class T, class S>
+NATRPB_INLINE Vec<T> load_part(const S* p, int64_t n) {
+  alignas(kVectorBytes) S part[kLanes<T>] = {};
+  __builtin_memcpy(part, p, static_cast<size_t>(n) * sizeof(S));
+  return load_as<T>(part);
+}
+template <class T, class S>
+NATRPB_INLINE void store_part(S* p, Vec<T> v, int64_t n) {
+  alignas(kVectorBytes) S part[kLanes<T>];
+  store_as(part, v);
+  __builtin_memcpy(p, part, static_cast<size_t>(n) * sizeof(S));
+}
+
+// ---- transposition ----------------------------------------------------------------------------------------------------
+
+template <int S, class V, int... J>
+NATRPB_INLINE void exchange(V& a, V& b, std::integer_sequence<int, J...>) {
+  constexpr int n = sizeof...(J);
+  const V low = __builtin_shufflevector(a, b, ((J & S) ? n + J - S : J)...);
+  b = __builtin_shufflevector(a, b, ((J & S) ? n + J : J + S)...);
+  a = low;
+}
+
+// rows[i][j] <-> rows[j][i], kLanes x kLanes: log2(kLanes) rounds that swap blocks of S across the diagonal.
+template <int S, class T>
+NATRPB_INLINE void transpose_rounds(Vec<T>* rows) {
+  if constexpr (S < kLanes<T>) {
+    unroll<kLanes<T>>([&](auto i) NATRPB_LAMBDA {
+      if constexpr (!(decltype(i)::value & S)) {
+        exchange<S>(rows[decltype(i)::value], rows[decltype(i)::value + S],
+                    std::make_integer_sequence<int, kLanes<T>>{});
+      }
+    });
+    transpose_rounds<2 * S, T>(rows);
+  }
+}
+template <class T>
+NATRPB_INLINE void transpose(Vec<T>* rows) {
+  transpose_rounds<1, T>(rows);
+}

@@ -1,0 +1,20 @@
+// Schemas of the natrpb ops. Fakes, autograd, autocast and vmap are registered from Python (natrpb/ops).
+//
+// The five integer lists are one attention pattern, one entry per spatial axis (geometry.h): kind 0 neighborhood, 1 causal,
+// 2 window. Fused tensors are heads-last, [B, *, h, D]; unfused ones heads-first, [B, h, *, D], as NATTEN has them.
+#include <torch/csrc/stable/library.h>
+
+#define NATRPB_PATTERN "int[] kernel_size, int[] stride, int[] dilation, int[] kind, int[] shift"
+
+STABLE_TORCH_LIBRARY(natrpb, m) {
+  m.def(
+      "local_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? rpb, " NATRPB_PATTERN
+      ", float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "local_attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
+      "Tensor lse, " NATRPB_PATTERN ", float scale) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drpb)");
+  m.def("local_qk(Tensor query, Tensor key, Tensor? rpb, " NATRPB_PATTERN ", float fill) -> Tensor");
+  m.def("local_av(Tensor attn, Tensor value, " NATRPB_PATTERN ") -> Tensor");
+  m.def("local_av_transposed(Tensor attn, Tensor x, " NATRPB_PATTERN ") -> Tensor");
+  m.def("local_bias_grad(Tensor dattn, " NATRPB_PATTERN ") -> Tensor");
+}

@@ -1,0 +1,26 @@
+"""Models on neighborhood attention: NAT, DiNAT, DiNAT_s and their isotropic variants; one family per file."""
+
+import sys
+
+from ._base import Pyramid
+from ._checkpoint import load_weights
+from ._registry import create_model, list_models, register_model
+from ._timm import register_with_timm
+from .dinat_s import DiNAT_s
+from .isotropic import IsotropicNAT
+from .nat import NAT
+
+if "timm" in sys.modules:
+    register_with_timm()
+
+__all__ = [
+    "NAT",
+    "DiNAT_s",
+    "IsotropicNAT",
+    "Pyramid",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "register_model",
+    "register_with_timm",
+]

@@ -1,0 +1,153 @@
+"""Published weights: download, read, fit to a model, load all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from .. import rpb
+from ..convert import to_official
+
+_WAY_OUT = "download it elsewhere and pass pretrained='path/to/file'"
+
+
+def download(name: str, url: str | None) -> Path:
+    """The official file of a model in torch.hub's cache, downloaded if it is not there.
+
+    Raises:
+        RuntimeError: no official file, or no way to it; the message names the URL and the way out.
+    """
+    if url is None:
+        raise RuntimeError(f"no official weights of {name} are known; pass pretrained='path/to/file'")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise RuntimeError(f"could not download {url} ({error}); {_WAY_OUT}, or try pretrained='hf'") from error
+    return path
+
+
+def download_from_hub(name: str, hf_id: str | None) -> Path:
+    """A model's file from the Hugging Face hub, kept in its own cache.
+
+    Raises:
+        RuntimeError: no such repository is known, `huggingface_hub` is not installed, or there is no way to it.
+    """
+    if hf_id is None:
+        raise RuntimeError(f"no weights of {name} on the Hugging Face hub are known; try pretrained=True")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise RuntimeError(f"pretrained='hf' needs the package huggingface_hub: {error}") from error
+    try:
+        return Path(hf_hub_download(hf_id, "pytorch_model.bin"))
+    except OSError as error:
+        where = f"https://huggingface.co/{hf_id}"
+        raise RuntimeError(f"could not download {where} ({error}); {_WAY_OUT}, or try pretrained=True") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file: .safetensors, or anything that torch.load reads without running code.
+
+    Args:
+        path: a plain state dict, or one under the key "state_dict" or "model".
+
+    Raises:
+        RuntimeError: unreadable, damaged or not a state dict.
+    """
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+    try:
+        content = read(path)
+    except ImportError as error:
+        raise RuntimeError(f"reading {path} needs the package safetensors: {error}") from error
+    except Exception as error:  # damaged files reach the readers' every corner: no list of types is complete
+        raise RuntimeError(f"{path} is damaged or no checkpoint; if it was downloaded, delete it ({error})") from error
+    if isinstance(content, Mapping):
+        for wrapper in ("state_dict", "model"):
+            if isinstance(content.get(wrapper), Mapping):
+                content = content[wrapper]
+        if content and all(isinstance(tensor, Tensor) for tensor in content.values()):
+            return dict(content)
+    raise RuntimeError(f"{path} holds no state dict, a mapping from names to tensors")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_torch(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "state_dict") -> None:
+    """Loads official or Hugging Face weights into a model of this package, all or nothing.
+
+    Bias tables of another kernel size are resized by bicubic interpolation, as the authors do for 11x11; a head for
+    another number of classes is left out and the model's own stays: both with a warning. A `features_only` model takes
+    a classifier's weights without its final norm and head; its own LayerNorms stay unless the weights hold them.
+
+    Args:
+        model: as `create_model` builds it.
+        state_dict: official or Hugging Face keys.
+        source: name of the weights in messages.
+
+    Raises:
+        ValueError: keys are missing or too many, or shapes differ; the model is unchanged.
+    """
+    own = model.state_dict()
+    given = to_official(state_dict)
+    weights = {key: _fit_rpb(key, tensor, own) for key, tensor in given.items()}
+    resized = [key for key in weights if weights[key].shape != given[key].shape]
+    fresh_head = False
+    if model.features_only:
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith(("norm.", "head."))}
+        weights = {key: tensor for key, tensor in own.items() if key.startswith("norm")} | weights
+    elif model.num_classes == 0:
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("head.")}
+    elif "head.weight" in weights and weights["head.weight"].shape[0] != model.num_classes:
+        fresh_head = True
+        weights |= {key: own[key] for key in ("head.weight", "head.bias")}
+
+    problems = []
+    if missing := sorted(own.keys() - weights.keys()):
+        problems.append(f"{len(missing)} keys are missing: {_some(missing)}")
+    if unexpected := sorted(weights.keys() - own.keys()):
+        problems.append(f"{len(unexpected)} keys are not the model's: {_some(unexpected)}")
+    if differing := [key for key in own if key in weights and own[key].shape != weights[key].shape]:
+        shapes = [f"{key} {list(weights[key].shape)}, expected {list(own[key].shape)}" for key in differing]
+        problems.append(f"{len(shapes)} shapes differ: {_some(shapes)}")
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}, nothing was loaded; {'; '.join(problems)}")
+
+    model.load_state_dict(weights)
+    if resized:
+        before, after = (tuple((n + 1) // 2 for n in table[resized[0]].shape[1:]) for table in (given, weights))
+        warnings.warn(f"{source}: {len(resized)} bias tables resized, kernel size {before} to {after}", stacklevel=3)
+    if fresh_head:
+        classes = given["head.weight"].shape[0]
+        warnings.warn(
+            f"{source} has {classes} classes, the model {model.num_classes}: its head starts fresh; "
+            f"num_classes={classes} keeps the trained one",
+            stacklevel=3,
+        )
+
+
+def _fit_rpb(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    """A bias table at the kernel size of the model's own; every other tensor as it is."""
+    target = own.get(key)
+    if not key.endswith(".rpb") or target is None or target.dim() != tensor.dim() or target.shape[0] != tensor.shape[0]:
+        return tensor
+    return rpb.resize(tensor, [(side + 1) // 2 for side in target.shape[1:]])
+
+
+def _some(items: list[str], limit: int = 5) -> str:
+    return ", ".join(items[:limit]) + (", ..." if len(items) > limit else "")

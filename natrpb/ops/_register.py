@@ -1,0 +1,89 @@
+"""Gives a compiled op its Python side: autograd (both modes), autocast and vmap, at the op's own dispatch keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+_library = torch.library.Library("natrpb", "IMPL")
+
+
+def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Differentiates `natrpb::name` by an autograd function, whose `forward` must call `below_autograd(name, ...)`."""
+    op = getattr(torch.ops.natrpb, name).default
+
+    def autograd(keyset, *args):
+        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if tracked or forward_ad._current_level >= 0:
+            # NB: a transform of torch.func has already peeled off its level when it comes to this key, so the plain apply
+            # of one level is right; Function.apply would start the transforms again.
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, function).apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def below_autograd(name: str, *args):
+    """Calls `natrpb::name` past its autograd kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.natrpb, name).default(*args)
+
+
+def register_autocast(name: str, casts: Sequence[int]) -> None:
+    """Under autocast, casts the tensors at positions `casts` to the autocast dtype (float64 stays, as torch's own rule)."""
+    op = getattr(torch.ops.natrpb, name).default
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+
+        def autocast(*args, device=device, key=key):
+            dtype = torch.get_autocast_dtype(device)
+            args = list(args)
+            for i in casts:
+                if args[i] is not None and args[i].dtype != torch.float64:
+                    args[i] = args[i].to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return op(*args)
+
+        _library.impl(name, autocast, key)
+
+
+def register_vmap(name: str, head_axes: Sequence[int], out_head_axes: Sequence[int | None]) -> None:
+    """Vectorises `natrpb::name` by folding the mapped dimension into the heads, which never meet in these ops.
+
+    Args:
+        head_axes: for every leading tensor argument, the axis that holds its heads (negative: from the end).
+        out_head_axes: the same for every output.
+    """
+    op = getattr(torch.ops.natrpb, name).default
+
+    def fold(x: Tensor | None, dim: int | None, axis: int, size: int) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+        axis = axis % (x.dim() - 1)
+        return x.movedim(0, axis).flatten(axis, axis + 1)
+
+    def unfold(x: Tensor, axis: int, size: int) -> Tensor:
+        axis = axis % x.dim()
+        return x.unflatten(axis, (size, x.shape[axis] // size)).movedim(axis, 0)
+
+    def vmap(info, in_dims, *args):
+        size = info.batch_size
+        count = len(head_axes)
+        folded = [fold(x, d, axis, size) for x, d, axis in zip(args[:count], in_dims[:count], head_axes)]
+        outputs = op(*folded, *args[count:])
+        if isinstance(outputs, Tensor):
+            return unfold(outputs, out_head_axes[0], size), 0
+        return tuple(unfold(x, axis, size) for x, axis in zip(outputs, out_head_axes)), tuple(0 for _ in outputs)
+
+    torch.library.register_vmap(f"natrpb::{name}", vmap, lib=_library)
+
+
+def register_fake(name: str, fake: Callable) -> None:
+    torch.library.register_fake(f"natrpb::{name}", fake, lib=_library)

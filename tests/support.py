@@ -1,0 +1,55 @@
+"""What several test files need: whether the compiled ops are there, and the rule for errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import natrpb
+
+from .cases import CASES
+
+COMPILED = bool(getattr(natrpb, "info", dict)().get("compiled", False))
+needs_compiled = pytest.mark.skipif(not COMPILED, reason="natrpb was built without its compiled ops")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Plain PyTorch, the yardstick, has no fast fp16 products on a CPU: large cases run in the other three dtypes.
+CASES_BY_DTYPE = [
+    pytest.param(case, dtype, id=f"{case}-{dtype_id(dtype)}")
+    for case in CASES
+    for dtype in DTYPES
+    if dtype != torch.float16 or case.size * case.head_dim < 1e5
+]
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Asserts equal shapes and values up to `tolerance`, absolute and relative; NaN equals NaN."""
+    torch.testing.assert_close(
+        actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True, check_dtype=False, check_stride=False
+    )
+
+
+def at_most_twice_the_error(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Asserts that `ours` errs at most twice as much as the plain PyTorch expression of the same dtype.
+
+    One unit in the last place of the largest exact value comes on top: a tiny case may be exact in `plain` by luck.
+
+    Args:
+        ours, plain: results in the same dtype.
+        exact: the fp64 result for the same (already rounded) inputs.
+    """
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    assert ours.dtype == plain.dtype, f"{name}: {ours.dtype}, expected {plain.dtype}"
+    if not exact.numel():
+        return
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item()
+    allowed += torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
