@@ -63,10 +63,17 @@ def pattern_index(pattern: Pattern, spatial: Sequence[int], device=None):
     return keys.to(device), rel.to(device), valid.to(device)
 
 
+def _gather(x: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
+    """Every query's rows of x: [B, h, *, D] -> [B, h, N, T, D]; zero where a slot holds no key, whatever x holds."""
+    return x.flatten(2, -2)[:, :, keys].masked_fill(~valid[..., None], 0)
+
+
 def local_bias(rpb: Tensor, pattern: Pattern, spatial: Sequence[int]) -> Tensor:
     """The bias of every (query, slot) pair: rpb [h, *rpb_shape] -> [h, *, T]; zero where a slot holds no key."""
     _, rel, valid = pattern_index(pattern, spatial, rpb.device)
-    return rpb.flatten(1)[:, rel].masked_fill(~valid, 0).unflatten(1, tuple(spatial))
+    # NB: reshape, not flatten: torch's batched gradients have no rule for flatten.
+    bias = rpb.reshape(rpb.shape[0], -1)[:, rel].masked_fill(~valid, 0)
+    return bias.reshape(rpb.shape[0], *spatial, pattern.num_slots)
 
 
 def local_qk(
@@ -84,7 +91,7 @@ def local_qk(
     """
     spatial = query.shape[2:-1]
     keys, _, valid = pattern_index(pattern, spatial, query.device)
-    attn = torch.einsum("bhnd,bhntd->bhnt", query.flatten(2, -2), key.flatten(2, -2)[:, :, keys])
+    attn = torch.einsum("bhnd,bhntd->bhnt", query.flatten(2, -2), _gather(key, keys, valid))
     if rpb is not None:
         attn = attn + local_bias(rpb, pattern, spatial).flatten(1, -2)
     return attn.to(query.dtype).masked_fill(~valid, fill).unflatten(2, spatial)
@@ -103,7 +110,7 @@ def local_av(attn: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     spatial = value.shape[2:-1]
     keys, _, valid = pattern_index(pattern, spatial, value.device)
     attn = attn.flatten(2, -2).masked_fill(~valid, 0)
-    return torch.einsum("bhnt,bhntd->bhnd", attn, value.flatten(2, -2)[:, :, keys]).unflatten(2, spatial)
+    return torch.einsum("bhnt,bhntd->bhnd", attn, _gather(value, keys, valid)).unflatten(2, spatial)
 
 
 def local_av_transposed(attn: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
@@ -118,8 +125,8 @@ def local_av_transposed(attn: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """
     spatial = x.shape[2:-1]
     keys, _, valid = pattern_index(pattern, spatial, x.device)
-    attn = attn.flatten(2, -2).masked_fill(~valid, 0)
-    contribution = (attn[..., None] * x.flatten(2, -2)[:, :, :, None]).flatten(2, 3)  # [B, h, N * T, D]
+    contribution = attn.flatten(2, -2)[..., None] * x.flatten(2, -2)[:, :, :, None]
+    contribution = contribution.masked_fill(~valid[..., None], 0).flatten(2, 3)  # [B, h, N * T, D]
     out = torch.zeros_like(x.flatten(2, -2)).index_add(2, keys.flatten(), contribution)
     return out.unflatten(2, spatial)
 

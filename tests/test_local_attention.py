@@ -247,6 +247,15 @@ def test_additional_tokens_join_every_neighborhood(case, extra, dtype):
     close(lse.double(), exact_lse, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e5, 1e9])
+def test_weights_of_additional_tokens_and_neighborhood_sum_to_one_at_any_scale(scale):
+    """Equal scores everywhere; a large lse has no digits left for the logarithm of a small sum."""
+    ones = torch.ones(1, 6, 7, 2, 8)
+    tokens = torch.ones(1, 4, 2, 8)
+    out = natrpb.na2d(ones, ones, ones, 3, scale=scale, additional_keys=tokens, additional_values=tokens)
+    close(out, torch.ones_like(out), 1e-5)
+
+
 @pytest.mark.parametrize("heads_kv", [1, 2, 3, 6])
 def test_query_heads_share_keys_and_values(heads_kv):
     query, key, value, table, *_ = Case((7, 6), 3, heads=6).inputs()

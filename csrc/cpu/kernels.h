@@ -42,8 +42,7 @@ struct Kernels {
   int64_t (*workspace_elements)(const LocalAttentionParams&, const Plan&, Op);
   void (*run_item)(const LocalAttentionParams&, const Plan&, Op, int64_t item, void* scratch);
   // Sums key row (k0, k1) of a residue group over its boxes `parts` and writes dkey and dvalue.
-  void (*merge_keys)(const LocalAttentionParams&, const Plan&, Op, const Item* parts, int64_t k0, int64_t k1,
-                     int64_t columns, void* scratch);
+  void (*merge_keys)(const LocalAttentionParams&, const Plan&, Op, const Item* parts, int64_t k0, int64_t k1, void* scratch);
 };
 
 namespace portable {

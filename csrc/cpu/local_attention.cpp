@@ -78,7 +78,7 @@ void merge_all_keys(const LocalAttentionParams& params, const Plan& plan, Op op,
         loaded = group;
       }
       if (k0 >= parts[0].size[0] || k1 >= parts[0].size[1]) continue;
-      kernels().merge_keys(params, plan, op, parts.data(), k0, k1, parts[0].size[2], thread_scratch(bytes));
+      kernels().merge_keys(params, plan, op, parts.data(), k0, k1, thread_scratch(bytes));
     }
   });
 }

@@ -3,6 +3,7 @@
 // function of the standard library instantiated here could be the copy that the linker keeps for a machine without the set.
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"

@@ -3,9 +3,6 @@
 // Staged keys are in the compute type, padded to whole vectors and zero behind the end, so that no tile knows strides, storage
 // types or remainders. The block loop runs columns outside and rows inside: lane maps and bias columns belong to a column.
 
-template <class T>
-inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
-
 template <class S>
 struct Worker {
   using T = Compute<S>;
@@ -17,13 +14,15 @@ struct Worker {
   Item item;
   const int64_t depth, value_depth;                // D, Dv
   const int64_t key_pitch, value_pitch;            // padded to whole vectors
-  const int64_t k1, k2, slots;
+  const Kernel kernel;
+  const int64_t k2, slots;
   const int64_t table1, table2, bias_pitch;        // 2 K_1 - 1, 2 K_2 - 1, padded
-  Staged<T> key_rows, value_rows, dkey_rows, dvalue_rows;
+  Rows<T> key_rows, value_rows, dkey_rows, dvalue_rows;
   T *key_columns, *value_columns;                  // transposed rows, [key row][channel][column_pitch]
   int64_t column_pitch;
   T *query_columns, *dout_columns;                 // [kRowTile][channel][L]
-  T *query_tile, *dout_tile, *result_tile;         // [kRowTile or 1][L][pitch]
+  T *query_tile, *dout_tile;                       // [L][pitch], copies of natural rows where the tensor will not do
+  T *result_tile;                                  // [L][pitch]; a whole row of keys in merge_keys
   T *score, *dscore;                               // [kRowTile][slots][L]
   T *bias, *dbias;                                 // [table rows][bias_pitch]; [table rows][K_2][L]
   size_t bytes;
@@ -32,25 +31,25 @@ struct Worker {
 
   Worker(const LocalAttentionParams& p, const Plan& pl, const Needs& n, void* scratch)
       : params(p), plan(pl), needs(n), depth(p.head_dim), value_depth(p.value_dim), key_pitch(padded(depth)),
-        value_pitch(padded(value_depth)), k1(p.axis[1].kernel_size), k2(p.axis[2].kernel_size), slots(pl.slots),
-        table1(2 * k1 - 1), table2(2 * k2 - 1), bias_pitch(padded(table2) + L),
+        value_pitch(padded(value_depth)), kernel{p.axis[1].kernel_size, p.axis[2].kernel_size}, k2(kernel.size2),
+        slots(pl.slots), table1(2 * kernel.size1 - 1), table2(2 * k2 - 1), bias_pitch(padded(table2) + L),
         column_pitch(padded(pl.key_size[2] + k2 + L)) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
-    const int64_t tile = kRowTile * L;
     Arena arena(scratch);
     const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
     key_columns = take(needs.scores, rows * depth * column_pitch);
     value_columns = take(needs.dscores, rows * value_depth * column_pitch);
-    key_rows = {take(needs.key_rows, keys * key_pitch), 0, 0, key_pitch};
-    value_rows = {take(needs.value_rows, keys * value_pitch), 0, 0, value_pitch};
+    key_rows.data = take(needs.key_rows, keys * key_pitch);
+    value_rows.data = take(needs.value_rows, keys * value_pitch);
     const bool shared = plan.boxes_total > 1;  // sums that cross items lie in the workspace
-    dkey_rows = {take(needs.dkey && !shared, keys * key_pitch), 0, 0, key_pitch};
-    dvalue_rows = {take(needs.dvalue && !shared, keys * value_pitch), 0, 0, value_pitch};
+    dkey_rows.data = take(needs.dkey && !shared, keys * key_pitch);
+    dvalue_rows.data = take(needs.dvalue && !shared, keys * value_pitch);
     query_columns = take(needs.scores, kRowTile * depth * L);
     dout_columns = take(needs.dscores, kRowTile * value_depth * L);
-    query_tile = take(needs.query_tile, tile * key_pitch);
-    dout_tile = take(needs.dout_tile, tile * value_pitch);
-    result_tile = take(true, L * (key_pitch > value_pitch ? key_pitch : value_pitch));
+    query_tile = take(needs.query_tile, L * key_pitch);
+    dout_tile = take(needs.dout_tile, L * value_pitch);
+    const int64_t widest = key_pitch > value_pitch ? key_pitch : value_pitch;
+    result_tile = take(true, (shared && L < plan.row_max ? plan.row_max : L) * widest);
     score = take(true, kRowTile * slots * L);
     dscore = take(needs.dscores, kRowTile * slots * L);
     bias = take(needs.bias, table_rows * bias_pitch);
@@ -73,28 +72,33 @@ struct Worker {
     return left >= L ? load_as<T>(p) : load_part<T>(p, left);
   }
 
-  // to[i][pitch] = factor * from[i]
-  static void copy_rows(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
-    for (int64_t i = 0; i < count; ++i, from += step, to += pitch) {
-      for (int64_t c = 0; c < channels; c += L) store(to + c, load_channels(from + c, channels - c) * factor);
+  // Whether a tensor can be read in place: no conversion, no padding.
+  static bool in_place(int64_t channels) { return std::is_same_v<S, T> && channels % L == 0; }
+
+  // to[i][channel] = from[i][channel]
+  static void copy_rows(const S* from, int64_t step, int64_t count, int64_t channels, T* to) {
+    for (int64_t i = 0; i < count; ++i, from += step) {
+      for (int64_t c = 0; c < channels; c += L, to += L) store(to, load_channels(from + c, channels - c));
     }
   }
-  // to[c][pitch] holds column i at lane i: to[c][i] = factor * from[i][c]; zero from count up to the next whole vector.
+  // to[c][i] = factor * from[i][c] for whole vectors of i; lanes from count on repeat the last row.
   static void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
     for (int64_t i = 0; i < count; i += L) {
-      const int live = static_cast<int>(min_of(L, count - i));
+      const int64_t last = min_of(L, count - i) - 1;
       for (int64_t c = 0; c < channels; c += L) {
-        Vec<T> tile[L] = {};
-        if (live == L && channels - c >= L) {
-          unroll<L>([&](auto r) NATRPB_LAMBDA {
-            tile[decltype(r)::value] = load_as<T>(from + (i + decltype(r)::value) * step + c) * factor;
-          });
-        } else {
-          for (int r = 0; r < live; ++r) tile[r] = load_channels(from + (i + r) * step + c, channels - c) * factor;
-        }
+        const S* corner = from + i * step + c;
+        T* target = to + c * pitch + i;
+        const int64_t left = channels - c;
+        Vec<T> tile[L];
+        unroll<L>([&](auto r) NATRPB_LAMBDA {
+          constexpr int n = decltype(r)::value;
+          tile[n] = load_channels(corner + min_of(n, last) * step, left) * factor;
+        });
         transpose<T>(tile);
-        const int64_t rows = min_of(L, channels - c);
-        for (int r = 0; r < rows; ++r) store(to + (c + r) * pitch + i, tile[r]);
+        unroll<L>([&](auto r) NATRPB_LAMBDA {
+          constexpr int n = decltype(r)::value;
+          if (n < left) store(target + n * pitch, tile[n]);
+        });
       }
     }
   }
@@ -117,11 +121,37 @@ struct Worker {
                    channels, T(1), column_pitch, row);
     });
   }
-  void stage_rows(const View& view, int64_t channels, const Staged<T>& to) const {
+  // Points `rows` at the item's keys in `view`, or fills it with a copy.
+  void stage_rows(const View& view, int64_t channels, Rows<T>& rows) const {
+    if (in_place(channels)) {
+      rows.data = reinterpret_cast<T*>(row_start(view, item.key_lo[0], item.key_lo[1], item.key_lo[2]));
+      for (int a = 0; a < kAxes; ++a) rows.step[a] = view.space[a] * params.axis[a].dilation;
+      rows.channels = channels;
+      return;
+    }
+    layout_rows(channels, rows);
     for_key_rows([&](int64_t r0, int64_t r1) {
       copy_rows(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view),
-                item.key_n[2], channels, T(1), to.pitch, to.at(r0, r1, 0));
+                item.key_n[2], channels, rows.at(r0, r1, 0));
     });
+  }
+  // Dense rows of padded channels, in the order of the box.
+  void layout_rows(int64_t channels, Rows<T>& rows) const {
+    rows.channels = rows.step[2] = padded(channels);
+    rows.step[1] = rows.step[2] * item.key_n[2];
+    rows.step[0] = rows.step[1] * item.key_n[1];
+  }
+  // The block's natural rows of `view` for a scatter: in place, or copied to `tile`. Returns the step between lanes.
+  int64_t block_rows(const View& view, int64_t p0, int64_t p1, const Block<T>& block, int64_t channels, T* tile,
+                     const T*& rows) const {
+    S* start = row_start(view, p0, p1, block.column);
+    if (in_place(channels)) {
+      rows = reinterpret_cast<T*>(start);
+      return column_step(view);
+    }
+    copy_rows(start, column_step(view), block.live, channels, tile);
+    rows = tile;
+    return padded(channels);
   }
   void stage_bias() {
     const T* table = static_cast<const T*>(params.rpb) + item.head * plan.table;
@@ -140,10 +170,8 @@ struct Worker {
       if (needs.dvalue) dvalue_rows.data = shared + (needs.dkey ? plan.keys_max * key_pitch : 0);
     }
     if (item.empty) return false;
-    for (Staged<T>* rows : {&key_rows, &value_rows, &dkey_rows, &dvalue_rows}) {
-      rows->rows1 = item.key_n[1];
-      rows->columns = item.key_n[2];
-    }
+    layout_rows(depth, dkey_rows);
+    layout_rows(value_depth, dvalue_rows);
     if (needs.scores) stage_columns(params.key, depth, key_columns);
     if (needs.dscores) stage_columns(params.value, value_depth, value_columns);
     if (needs.key_rows) stage_rows(params.key, depth, key_rows);
@@ -198,7 +226,7 @@ struct Worker {
            params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
   }
   int64_t slot_row(const KeyRows& rows, int64_t r0, int64_t r1) const {
-    return ((r0 - rows.axis0.first) * k1 + r1 - rows.axis1.first) * k2;
+    return ((r0 - rows.axis0.first) * kernel.size1 + r1 - rows.axis1.first) * k2;
   }
   bool all_slots(const Block<T>& block, const KeyRows& rows) const {
     return block.full && rows.axis0.count() * rows.axis1.count() * k2 == slots;
@@ -206,12 +234,22 @@ struct Worker {
 
   // p[slot][lane] = the bias of every pair of one query row
   void start_from_bias(const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows, T* p) const {
-    for (int64_t r0 = rows.axis0.first; r0 <= rows.axis0.last; ++r0) {
-      for (int64_t r1 = rows.axis1.first; r1 <= rows.axis1.last; ++r1) {
+    const auto start = [&](auto reach) NATRPB_LAMBDA {
+      for_rows(rows, kernel, [&](int64_t slot, int64_t r0, int64_t r1) NATRPB_LAMBDA {
         const T* table = bias + bias_row(p0, p1, r0, r1) * bias_pitch + block.bias_base;
-        T* to = p + slot_row(rows, r0, r1) * L;
-        for (int64_t t = 0; t < k2; ++t) store(to + t * L, load_lanes(table + t, block.bias_lanes));
-      }
+        for (int64_t t = 0; t < k2; ++t) {
+          store(p + (slot + t) * L, load_lanes<T, static_cast<Reach>(decltype(reach)::value)>(table + t, block.bias_lanes));
+        }
+      });
+    };
+    switch (block.bias_lanes.reach) {
+      case Reach::kSame:
+        return start(Const<static_cast<int>(Reach::kSame)>{});
+      case Reach::kConsecutive:
+      case Reach::kWithin:
+        return start(Const<static_cast<int>(Reach::kWithin)>{});
+      default:
+        return start(Const<static_cast<int>(Reach::kAnywhere)>{});
     }
   }
 
@@ -252,10 +290,10 @@ struct Worker {
     for (int l = 0; l < L; ++l) count[l] = block.count[l];
     const Vec<T> filler = splat(fill);
     for (int64_t t0 = 0; t0 < params.axis[0].kernel_size; ++t0) {
-      for (int64_t t1 = 0; t1 < k1; ++t1) {
+      for (int64_t t1 = 0; t1 < kernel.size1; ++t1) {
         const bool row_exists = t0 < rows.axis0.count() && t1 < rows.axis1.count();
         for (int64_t t2 = 0; t2 < k2; ++t2) {
-          T* at = p + ((t0 * k1 + t1) * k2 + t2) * L;
+          T* at = p + ((t0 * kernel.size1 + t1) * k2 + t2) * L;
           const auto t = static_cast<decltype(count[0] + 0)>(t2);
           store(at, row_exists ? (count > t ? load(at) : filler) : filler);
         }
@@ -310,13 +348,10 @@ struct Worker {
 
   // dbias[table row][t][lane] += dscore[slot][lane]; lanes meet in flush_bias, where their table columns are known.
   void add_bias_grad(int64_t p0, int64_t p1, const KeyRows& rows, const T* dp) const {
-    for (int64_t r0 = rows.axis0.first; r0 <= rows.axis0.last; ++r0) {
-      for (int64_t r1 = rows.axis1.first; r1 <= rows.axis1.last; ++r1) {
-        T* to = dbias + bias_row(p0, p1, r0, r1) * k2 * L;
-        const T* from = dp + slot_row(rows, r0, r1) * L;
-        for (int64_t i = 0; i < k2 * L; i += L) store(to + i, load(to + i) + load(from + i));
-      }
-    }
+    for_rows(rows, kernel, [&](int64_t slot, int64_t r0, int64_t r1) NATRPB_LAMBDA {
+      T* to = dbias + bias_row(p0, p1, r0, r1) * k2 * L;
+      for (int64_t i = 0; i < k2 * L; i += L) store(to + i, load(to + i) + load(dp + slot * L + i));
+    });
   }
   void flush_bias(const Block<T>& block, T* table) const {
     for (int64_t row = 0; row < plan.table / table2; ++row) {
@@ -368,13 +403,14 @@ struct Worker {
             fill_missing(block, rows[r], -kInfinity<T>, p);
             Vec<T> peak = load(p);
             for (int64_t t = 1; t < slots; ++t) peak = max<Vec<T>>(peak, load(p + t * L));
+            peak = peak - peak == T(0) ? peak : Vec<T>{};  // infinite scores: inf - inf would lose lse
             Vec<T> sum{};
             for (int64_t t = 0; t < slots; ++t) {
               const Vec<T> e = exp(load(p + t * L) - peak);
               store(p + t * L, e);
               sum += e;
             }
-            weighted_sum(p, block, rows[r], k1, k2, value_rows, result_tile);
+            weighted_sum(p, block, rows[r], kernel, value_rows, result_tile);
             store_tile(params.out, p0, p1 + r, block, result_tile, value_pitch, value_depth, T(1) / sum);
             store_scalars(params.lse, p0, p1 + r, block, peak + log<T>(sum));
           }
@@ -398,14 +434,13 @@ struct Worker {
             fill_missing(block, rows[r], T(0), dp);
             softmax_backward(load_scalars(params.lse, p0, p1 + r, block),
                              params.dlse.data ? load_scalars(params.dlse, p0, p1 + r, block) : Vec<T>{}, p, dp);
-            weighted_sum(dp, block, rows[r], k1, k2, key_rows, result_tile);
+            weighted_sum(dp, block, rows[r], kernel, key_rows, result_tile);
             store_tile(params.dquery, p0, p1 + r, block, result_tile, key_pitch, depth, splat(scale));
-            copy_rows(row_start(params.query, p0, p1 + r, block.column), column_step(params.query), block.live, depth, scale,
-                      key_pitch, query_tile);
-            copy_rows(row_start(params.dout, p0, p1 + r, block.column), column_step(params.dout), block.live, value_depth,
-                      T(1), value_pitch, dout_tile);
-            scatter(dp, block, rows[r], k1, k2, query_tile, dkey_rows);
-            scatter(p, block, rows[r], k1, k2, dout_tile, dvalue_rows);
+            const T *query_rows, *dout_rows;
+            const int64_t query_step = block_rows(params.query, p0, p1 + r, block, depth, query_tile, query_rows);
+            const int64_t dout_step = block_rows(params.dout, p0, p1 + r, block, value_depth, dout_tile, dout_rows);
+            scatter(dp, block, rows[r], kernel, query_rows, query_step, dkey_rows);
+            scatter(p, block, rows[r], kernel, dout_rows, dout_step, dvalue_rows);
             if (needs.dbias) add_bias_grad(p0, p1 + r, rows[r], dp);
           }
         },
@@ -455,7 +490,7 @@ struct Worker {
   void av() {
     for_attn(
         [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-          weighted_sum(score, block, rows, k1, k2, value_rows, result_tile);
+          weighted_sum(score, block, rows, kernel, value_rows, result_tile);
           store_tile(params.out, p0, p1, block, result_tile, value_pitch, value_depth, splat(T(1)));
         },
         [](const Block<T>&) {});
@@ -463,9 +498,9 @@ struct Worker {
   void av_transposed() {
     for_attn(
         [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-          copy_rows(row_start(params.dout, p0, p1, block.column), column_step(params.dout), block.live, value_depth, T(1),
-                    value_pitch, dout_tile);
-          scatter(score, block, rows, k1, k2, dout_tile, dvalue_rows);
+          const T* dout_rows;
+          const int64_t step = block_rows(params.dout, p0, p1, block, value_depth, dout_tile, dout_rows);
+          scatter(score, block, rows, kernel, dout_rows, step, dvalue_rows);
         },
         [](const Block<T>&) {});
     store_keys();
@@ -491,38 +526,36 @@ struct Worker {
   void store_keys() const {
     if (plan.boxes_total > 1) return;
     for_key_rows([&](int64_t r0, int64_t r1) {
-      for (int64_t column = 0; column < item.key_n[2]; ++column) {
-        const auto write = [&](const View& view, const Staged<T>& rows, int64_t channels) {
-          store_row(rows.at(r0, r1, column), channels, splat(T(1)),
-                    row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2] + column));
-        };
-        if (needs.dkey) write(params.dkey, dkey_rows, depth);
-        if (needs.dvalue) write(params.dvalue, dvalue_rows, value_depth);
-      }
+      if (needs.dkey) store_key_row(params.dkey, r0, r1, dkey_rows.at(r0, r1, 0), depth, static_cast<T>(params.scale));
+      if (needs.dvalue) store_key_row(params.dvalue, r0, r1, dvalue_rows.at(r0, r1, 0), value_depth, T(1));
     });
   }
+  void store_key_row(const View& view, int64_t k0, int64_t k1, const T* from, int64_t channels, T factor) const {
+    S* to = row_start(view, k0, k1, 0);
+    for (int64_t column = 0; column < item.size[2]; ++column, from += padded(channels), to += column_step(view)) {
+      store_row(from, channels, splat(factor), to);
+    }
+  }
   // Sums one key row of a residue group over all boxes that saw it, in the order of the boxes.
-  void merge_keys(const Item* parts, int64_t k0, int64_t k1_row, int64_t columns) {
+  void merge_keys(const Item* parts, int64_t k0, int64_t k1) {
     item = parts[0];
     const int64_t elements = workspace_elements(params, plan, needs);
-    const auto merge = [&](const View& view, int64_t offset, int64_t pitch, int64_t channels) {
-      for (int64_t column = 0; column < columns; ++column) {
-        clear(result_tile, pitch);
-        for (int64_t box = 0; box < plan.boxes_total; ++box) {
-          const Item& part = parts[box];
-          const int64_t r0 = k0 - part.key_lo[0], r1 = k1_row - part.key_lo[1], c = column - part.key_lo[2];
-          if (part.empty || r0 < 0 || r0 >= part.key_n[0] || r1 < 0 || r1 >= part.key_n[1] || c < 0 || c >= part.key_n[2]) {
-            continue;
-          }
-          const T* from = static_cast<const T*>(params.workspace) + part.index * elements + offset +
-                          ((r0 * part.key_n[1] + r1) * part.key_n[2] + c) * pitch;
-          for (int64_t i = 0; i < pitch; i += L) store(result_tile + i, load(result_tile + i) + load(from + i));
-        }
-        store_row(result_tile, channels, splat(T(1)), row_start(view, k0, k1_row, column));
+    const auto merge = [&](const View& view, int64_t offset, int64_t channels, T factor) {
+      const int64_t pitch = padded(channels);
+      clear(result_tile, item.size[2] * pitch);
+      for (int64_t box = 0; box < plan.boxes_total; ++box) {
+        const Item& part = parts[box];
+        const int64_t r0 = k0 - part.key_lo[0], r1 = k1 - part.key_lo[1];
+        if (part.empty || r0 < 0 || r0 >= part.key_n[0] || r1 < 0 || r1 >= part.key_n[1]) continue;
+        const T* from = static_cast<const T*>(params.workspace) + part.index * elements + offset +
+                        (r0 * part.key_n[1] + r1) * part.key_n[2] * pitch;
+        T* to = result_tile + part.key_lo[2] * pitch;
+        for (int64_t i = 0; i < part.key_n[2] * pitch; i += L) store(to + i, load(to + i) + load(from + i));
       }
+      store_key_row(view, k0, k1, result_tile, channels, factor);
     };
-    if (needs.dkey) merge(params.dkey, 0, key_pitch, depth);
-    if (needs.dvalue) merge(params.dvalue, needs.dkey ? plan.keys_max * key_pitch : 0, value_pitch, value_depth);
+    if (needs.dkey) merge(params.dkey, 0, depth, static_cast<T>(params.scale));
+    if (needs.dvalue) merge(params.dvalue, needs.dkey ? plan.keys_max * key_pitch : 0, value_depth, T(1));
   }
 };
 
@@ -583,10 +616,10 @@ void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64
 }
 
 void merge_keys(const LocalAttentionParams& params, const Plan& plan, Op op, const Item* parts, int64_t k0, int64_t k1,
-                int64_t columns, void* scratch) {
+                void* scratch) {
   with_storage(params.dtype, [&](auto storage) {
     typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
-    worker.merge_keys(parts, k0, k1, columns);
+    worker.merge_keys(parts, k0, k1);
   });
 }
 

@@ -2,8 +2,8 @@
 // [slot][lane], slot = (t_0 * K_1 + t_1) * K_2 + t_2.
 //
 //   score_tile   lanes are queries, keys are read from transposed rows [channel][column]; R query rows share every key load
-//   sum_tile     lanes are channels, out_i = sum_t p_it x_j(i,t); neighboring queries share the loads of x where they can
-//   scatter_key  the transpose: dx_j = sum_i p_it(i,j) x_i, all contributions of a block to one key at once
+//   sum_tile     lanes are channels, out_i = sum_t p_it x_j(i,t); four neighboring queries share the loads of x
+//   scatter_tile the transpose, dx_j = sum_i p_it(i,j) x_i; four neighboring queries share the loads and stores of dx
 //
 // Each multiply-add of the op happens in one of the three.
 
@@ -140,168 +140,192 @@ struct Block {
   int64_t bias_first[kLanes<T>];  // table column of every lane's slot 0
 };
 
+struct Kernel {
+  int64_t size1, size2;  // K_1, K_2
+};
+
 // The rows (axes 0 and 1) of keys that a query row sees, relative to the box's first key.
 struct KeyRows {
   Interval axis0;
   Interval axis1;
 };
 
-// One row of staged tensors: keys [key_n0][key_n1][key_n2][pitch].
+// Rows of channels, one per key of the item's box: a copy in scratch memory, or the caller's tensor itself.
 template <class T>
-struct Staged {
+struct Rows {
   T* data;
-  int64_t rows1;    // key_n1
-  int64_t columns;  // key_n2
-  int64_t pitch;    // channels, padded to whole vectors
+  int64_t step[kAxes];  // elements from key to key along each axis
+  int64_t channels;     // a multiple of kLanes
 
-  NATRPB_INLINE T* at(int64_t k0, int64_t k1, int64_t column) const {
-    return data + ((k0 * rows1 + k1) * columns + column) * pitch;
+  NATRPB_INLINE T* at(int64_t k0, int64_t k1, int64_t k2) const {
+    return data + k0 * step[0] + k1 * step[1] + k2 * step[2];
   }
 };
 
-// out[i][channel] = sum over t of p[t][lane + i] * x[first[lane + i] + t][channel], QUERIES queries and VECTORS vectors.
-// R: kConsecutive or kSame intervals share the loads of x; kAnywhere does not.
-template <class T, int QUERIES, int VECTORS, Reach R>
-void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, int64_t k1, int64_t k2, const Staged<T>& x,
-              int64_t lane, int64_t channel, T* out) {
-  constexpr int L = kLanes<T>;
-  Vec<T> acc[QUERIES][VECTORS] = {};
-  const auto add = [&](auto i, const T* weight, const Vec<T>* row) NATRPB_LAMBDA {
-    const Vec<T> w = splat(*weight);
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[decltype(i)::value][decltype(v)::value] += w * row[decltype(v)::value]; });
-  };
-  const auto read = [&](const T* source, Vec<T>* row) NATRPB_LAMBDA {
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { row[decltype(v)::value] = load(source + decltype(v)::value * L); });
-  };
-  for (int64_t r0 = rows.axis0.first; r0 <= rows.axis0.last; ++r0) {
-    for (int64_t r1 = rows.axis1.first; r1 <= rows.axis1.last; ++r1) {
-      const T* weights = p + ((r0 - rows.axis0.first) * k1 + r1 - rows.axis1.first) * k2 * L + lane;
-      const T* source = x.at(r0, r1, block.first[lane]) + channel;
-      Vec<T> row[VECTORS];
-      if constexpr (R == Reach::kConsecutive) {
-        // Column j meets slot j - i of query i: fewer queries at both ends, all of them between (k2 >= QUERIES).
-        unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
-          read(source + decltype(j)::value * x.pitch, row);
-          unroll<decltype(j)::value + 1>([&](auto i) NATRPB_LAMBDA {
-            add(i, weights + (decltype(j)::value - decltype(i)::value) * L + decltype(i)::value, row);
-          });
+// Walks the pairs of QUERIES neighboring lanes and the columns of one key row:
+//   column(offset, meets)    is called once per column with its offset from lane 0's first, and runs
+//   meets(pair)              for every query i that sees it, pair(Const<i>, slot of the column in the query's interval)
+// kConsecutive (first_i = first_0 + i, all of kernel_size >= QUERIES columns): fewer queries meet at both ends, all of them
+// between. kSame: all intervals are one.
+template <int QUERIES, Reach R, class F>
+NATRPB_INLINE void for_columns(int64_t count, F&& column) {
+  if constexpr (R == Reach::kConsecutive) {
+    unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
+      constexpr int met = decltype(j)::value + 1;
+      column(int64_t{decltype(j)::value}, [&](auto&& pair) NATRPB_LAMBDA {
+        unroll<met>([&](auto i) NATRPB_LAMBDA { pair(i, int64_t{met - 1 - decltype(i)::value}); });
+      });
+    });
+    for (int64_t j = QUERIES - 1; j < count; ++j) {
+      column(j, [&](auto&& pair) NATRPB_LAMBDA {
+        unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, j - decltype(i)::value); });
+      });
+    }
+    unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
+      constexpr int passed = decltype(j)::value + 1;
+      column(count + decltype(j)::value, [&](auto&& pair) NATRPB_LAMBDA {
+        unroll<QUERIES - passed>([&](auto n) NATRPB_LAMBDA {
+          constexpr int i = passed + decltype(n)::value;
+          pair(Const<i>{}, count + decltype(j)::value - i);
         });
-        for (int64_t j = QUERIES - 1; j < k2; ++j) {
-          read(source + j * x.pitch, row);
-          unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-            add(i, weights + (j - decltype(i)::value) * L + decltype(i)::value, row);
-          });
-        }
-        unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
-          read(source + (k2 + decltype(j)::value) * x.pitch, row);
-          unroll<QUERIES - 1 - decltype(j)::value>([&](auto n) NATRPB_LAMBDA {
-            constexpr int i = decltype(j)::value + 1 + decltype(n)::value;
-            add(Const<i>{}, weights + (k2 + decltype(j)::value - i) * L + i, row);
-          });
-        });
-      } else if constexpr (R == Reach::kSame) {
-        for (int64_t t = 0; t < block.count[lane]; ++t) {
-          read(source + t * x.pitch, row);
-          unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { add(i, weights + t * L + decltype(i)::value, row); });
-        }
-      } else {
-        static_assert(QUERIES == 1 || R == Reach::kAnywhere);
-        int64_t step[QUERIES];
-        unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-          step[decltype(i)::value] = (block.first[lane + decltype(i)::value] - block.first[lane]) * x.pitch;
-        });
-        for (int64_t t = 0; t < block.count[lane]; ++t) {
-          unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-            read(source + t * x.pitch + step[decltype(i)::value], row);
-            add(i, weights + t * L + decltype(i)::value, row);
-          });
-        }
-      }
+      });
+    });
+  } else {
+    static_assert(R == Reach::kSame || QUERIES == 1);
+    for (int64_t t = 0; t < count; ++t) {
+      column(t, [&](auto&& pair) NATRPB_LAMBDA {
+        unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, t); });
+      });
     }
   }
+}
+
+// Calls tile(Const<queries>, Const<reach>, lane) for groups of neighboring lanes that for_columns can walk.
+template <class T, class F>
+NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F&& tile) {
+  constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4;
+  constexpr Const<static_cast<int>(Reach::kConsecutive)> consecutive;
+  constexpr Const<static_cast<int>(Reach::kSame)> same;
+  int64_t lane = 0;
+  for (; lane + kQueries <= block.live; lane += kQueries) {
+    bool is_consecutive = kernel_size >= kQueries, is_same = true;
+    for (int i = 0; i < kQueries; ++i) {
+      is_consecutive &= block.first[lane + i] == block.first[lane] + i && block.count[lane + i] == kernel_size;
+      is_same &= block.first[lane + i] == block.first[lane] && block.count[lane + i] == block.count[lane];
+    }
+    if (is_consecutive) {
+      tile(Const<kQueries>{}, consecutive, lane);
+    } else if (is_same) {
+      tile(Const<kQueries>{}, same, lane);
+    } else {
+      for (int i = 0; i < kQueries; ++i) tile(Const<1>{}, same, lane + i);
+    }
+  }
+  for (; lane < block.live; ++lane) tile(Const<1>{}, same, lane);
+}
+
+// Calls row(first slot of the key row, k0, k1) for every key row that a query row sees.
+template <class F>
+NATRPB_INLINE void for_rows(const KeyRows& rows, const Kernel& kernel, F&& row) {
+  for (int64_t k0 = rows.axis0.first; k0 <= rows.axis0.last; ++k0) {
+    for (int64_t k1 = rows.axis1.first; k1 <= rows.axis1.last; ++k1) {
+      row(((k0 - rows.axis0.first) * kernel.size1 + k1 - rows.axis1.first) * kernel.size2, k0, k1);
+    }
+  }
+}
+
+// out[i][channel] = sum_t p[t][lane + i] * x[first_i + t][channel] over all key rows; QUERIES x VECTORS accumulators.
+template <class T, int QUERIES, int VECTORS, Reach R>
+void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x, int64_t lane,
+              int64_t channel, T* out) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[QUERIES][VECTORS] = {};
+  for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
+    const T* weights = p + slot * L + lane;
+    const T* source = x.at(k0, k1, block.first[lane]) + channel;
+    for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
+      Vec<T> row[VECTORS];
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        row[decltype(v)::value] = load(source + column * x.step[2] + decltype(v)::value * L);
+      });
+      meets([&](auto i, int64_t t) NATRPB_LAMBDA {
+        const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
+        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+          acc[decltype(i)::value][decltype(v)::value] += w * row[decltype(v)::value];
+        });
+      });
+    });
+  });
   unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
       constexpr int n = decltype(i)::value, m = decltype(v)::value;
-      store(out + (lane + n) * x.pitch + channel + m * L, acc[n][m]);
+      store(out + (lane + n) * x.channels + channel + m * L, acc[n][m]);
     });
   });
 }
 
-// out[lane][channel] for all live lanes and all channels of x.
-template <class T>
-void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, int64_t k1, int64_t k2, const Staged<T>& x, T* out) {
+// dx[first_i + t][channel] += p[t][lane + i] * x[i][channel] over all key rows; x stays in registers.
+template <class T, int QUERIES, int VECTORS, Reach R>
+void scatter_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const T* x, int64_t x_step,
+                  int64_t lane, int64_t channel, const Rows<T>& dx) {
   constexpr int L = kLanes<T>;
-  constexpr int kQueries = L < 4 ? L : 4;
-  const auto columns = [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
-    constexpr int Q = decltype(queries)::value;
-    constexpr Reach R = static_cast<Reach>(decltype(reach)::value);
-    int64_t channel = 0;
-    for (; channel + 2 * L <= x.pitch; channel += 2 * L) {
-      sum_tile<T, Q, 2, R>(p, block, rows, k1, k2, x, lane, channel, out);
-    }
-    if (channel < x.pitch) sum_tile<T, Q, 1, R>(p, block, rows, k1, k2, x, lane, channel, out);
-  };
-  constexpr Const<static_cast<int>(Reach::kConsecutive)> consecutive;
-  constexpr Const<static_cast<int>(Reach::kSame)> same;
-  constexpr Const<static_cast<int>(Reach::kAnywhere)> anywhere;
-  int64_t lane = 0;
-  for (; lane + kQueries <= block.live; lane += kQueries) {
-    bool is_consecutive = k2 >= kQueries, is_same = true, equal_count = true;
-    for (int i = 1; i < kQueries; ++i) {
-      is_consecutive &= block.first[lane + i] == block.first[lane] + i;
-      is_same &= block.first[lane + i] == block.first[lane];
-      equal_count &= block.count[lane + i] == block.count[lane];
-    }
-    if (!equal_count) {
-      for (int i = 0; i < kQueries; ++i) columns(Const<1>{}, anywhere, lane + i);
-    } else if (is_same) {
-      columns(Const<kQueries>{}, same, lane);
-    } else if (is_consecutive && block.count[lane] == k2) {
-      columns(Const<kQueries>{}, consecutive, lane);
-    } else {
-      columns(Const<kQueries>{}, anywhere, lane);
-    }
-  }
-  for (; lane < block.live; ++lane) columns(Const<1>{}, anywhere, lane);
-}
-
-// dx[key][:] += sum over the lanes that see the key of p[slot(lane, key)][lane] * x[lane][:].
-template <class T, int VECTORS>
-NATRPB_INLINE void scatter_key(const T* p, const Block<T>& block, int lane_begin, int lane_end, int64_t column, const T* x,
-                               int64_t pitch, int64_t channel, T* dx) {
-  constexpr int L = kLanes<T>;
-  Vec<T> acc[VECTORS];
-  unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] = load(dx + channel + decltype(v)::value * L); });
-  for (int lane = lane_begin; lane < lane_end; ++lane) {
-    const Vec<T> w = splat(p[(column - block.first[lane]) * L + lane]);
+  Vec<T> query[QUERIES][VECTORS];
+  unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-      acc[decltype(v)::value] += w * load(x + lane * pitch + channel + decltype(v)::value * L);
+      constexpr int n = decltype(i)::value, m = decltype(v)::value;
+      query[n][m] = load(x + (lane + n) * x_step + channel + m * L);
     });
-  }
-  unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { store(dx + channel + decltype(v)::value * L, acc[decltype(v)::value]); });
+  });
+  for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
+    const T* weights = p + slot * L + lane;
+    T* target = dx.at(k0, k1, block.first[lane]) + channel;
+    for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
+      Vec<T> acc[VECTORS];
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        acc[decltype(v)::value] = load(target + column * dx.step[2] + decltype(v)::value * L);
+      });
+      meets([&](auto i, int64_t t) NATRPB_LAMBDA {
+        const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
+        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+          acc[decltype(v)::value] += w * query[decltype(i)::value][decltype(v)::value];
+        });
+      });
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        store(target + column * dx.step[2] + decltype(v)::value * L, acc[decltype(v)::value]);
+      });
+    });
+  });
 }
 
-// Adds a block's contributions to all the keys it sees: dx[j(i,t)] += p[t][i] * x[i], x [kLanes][pitch].
-template <class T>
-void scatter(const T* p, const Block<T>& block, const KeyRows& rows, int64_t k1, int64_t k2, const T* x, const Staged<T>& dx) {
+// Calls chunk(Const<vectors>, channel) for all channels, two vectors at a time.
+template <class T, class F>
+NATRPB_INLINE void for_channels(int64_t channels, F&& chunk) {
   constexpr int L = kLanes<T>;
-  const int64_t end = block.first[block.live - 1] + block.count[block.live - 1];
-  for (int64_t r0 = rows.axis0.first; r0 <= rows.axis0.last; ++r0) {
-    for (int64_t r1 = rows.axis1.first; r1 <= rows.axis1.last; ++r1) {
-      const T* weights = p + ((r0 - rows.axis0.first) * k1 + r1 - rows.axis1.first) * k2 * L;
-      int lane_begin = 0, lane_end = 0;  // the lanes that see the column; both only grow
-      for (int64_t column = block.first[0]; column < end; ++column) {
-        while (lane_end < block.live && block.first[lane_end] <= column) ++lane_end;
-        while (lane_begin < lane_end && block.first[lane_begin] + block.count[lane_begin] <= column) ++lane_begin;
-        T* target = dx.at(r0, r1, column);
-        int64_t channel = 0;
-        for (; channel + 2 * L <= dx.pitch; channel += 2 * L) {
-          scatter_key<T, 2>(weights, block, lane_begin, lane_end, column, x, dx.pitch, channel, target);
-        }
-        if (channel < dx.pitch) {
-          scatter_key<T, 1>(weights, block, lane_begin, lane_end, column, x, dx.pitch, channel, target);
-        }
-      }
-    }
-  }
+  int64_t channel = 0;
+  for (; channel + 2 * L <= channels; channel += 2 * L) chunk(Const<2>{}, channel);
+  if (channel < channels) chunk(Const<1>{}, channel);
+}
+
+// out[lane][channel] = sum_t p[t][lane] * x_j(lane,t)[channel], for all live lanes and all channels.
+template <class T>
+void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x, T* out) {
+  for_lane_groups(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
+    for_channels<T>(x.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
+      constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
+      sum_tile<T, Q, V, static_cast<Reach>(decltype(reach)::value)>(p, block, rows, kernel, x, lane, channel, out);
+    });
+  });
+}
+
+// The transpose: dx_j(lane,t)[channel] += p[t][lane] * x[lane][channel].
+template <class T>
+void scatter(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const T* x, int64_t x_step,
+             const Rows<T>& dx) {
+  for_lane_groups(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
+    for_channels<T>(dx.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
+      constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
+      constexpr Reach R = static_cast<Reach>(decltype(reach)::value);
+      scatter_tile<T, Q, V, R>(p, block, rows, kernel, x, x_step, lane, channel, dx);
+    });
+  });
 }

@@ -5,9 +5,10 @@ namespace natrpb::cpu {
 namespace {
 
 // A box's staged keys should stay in a core's second-level cache beside the score block.
-constexpr int64_t kScratchElements = 160 * 1024;
-// Enough items to keep a few cores busy evenly; more would only repeat halos.
+constexpr int64_t kScratchElements = 192 * 1024;
+// Enough items to keep a few cores busy evenly, as long as the halos do not repeat more than half of the keys.
 constexpr int64_t kItemsWanted = 16;
+constexpr double kHaloAllowed = 1.5;
 // Axis 2 is cut in multiples of the widest vector's lanes.
 constexpr int64_t kColumnUnit = 16;
 
@@ -42,11 +43,10 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
     plan.items = params.batch * params.heads * plan.groups_total * plan.boxes_total;
   };
   measure();
+  plan.row_max = plan.box_size[2];
   // Halve the outermost axis that is still long beside its kernel, until items are small and many enough.
-  while (true) {
-    const bool too_large = plan.keys_max * channels > kScratchElements;
-    const bool too_few = plan.items < kItemsWanted;
-    if (!too_large && !too_few) break;
+  while (plan.items < kItemsWanted || plan.keys_max * channels > kScratchElements) {
+    const Plan before = plan;
     int cut = -1;
     for (int a = 0; a < kAxes && cut < 0; ++a) {
       const int64_t unit = a == kAxes - 1 ? kColumnUnit : 1;
@@ -56,6 +56,9 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
     const int64_t unit = cut == kAxes - 1 ? kColumnUnit : 1;
     plan.box_size[cut] = ceil_div(ceil_div(plan.box_size[cut], 2), unit) * unit;
     measure();
+    const int64_t queries = plan.box_size[0] * plan.box_size[1] * plan.box_size[2];
+    const bool too_large = before.keys_max * channels > kScratchElements;
+    if (!too_large && static_cast<double>(plan.keys_max) > kHaloAllowed * static_cast<double>(queries)) return before;
   }
   return plan;
 }

@@ -85,8 +85,11 @@ NATRPB_INLINE Vec<T> permute(Vec<T> v, Index<T> index) {
   return result;
 }
 
-// exp(x) for x <= 0 or a little above: relative error below 2 units in the last place, exact zero below the smallest normal
-// number, NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and a Taylor polynomial in r.
+template <class T>
+inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+// exp(x): relative error below 2 units in the last place, exact zero below the smallest normal number, infinity just before
+// the largest one, NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and a Taylor polynomial in r.
 NATRPB_INLINE Vec<float> exp(Vec<float> x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Vec<float> shifted = x * 1.44269504f + kRound;
@@ -101,7 +104,8 @@ NATRPB_INLINE Vec<float> exp(Vec<float> x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const Vec<float> power = bit_cast<Vec<float>>((bit_cast<Bits<float>>(shifted) + 127) << 23);
-  return x < -87.0f ? Vec<float>{} : y * power;
+  const Vec<float> result = x < -87.0f ? Vec<float>{} : y * power;
+  return x > 88.7f ? splat(kInfinity<float>) : result;
 }
 NATRPB_INLINE Vec<double> exp(Vec<double> x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
@@ -123,10 +127,11 @@ NATRPB_INLINE Vec<double> exp(Vec<double> x) {
   y = y * r + 1.0;
   y = y * r + 1.0;
   const Vec<double> power = bit_cast<Vec<double>>((bit_cast<Bits<double>>(shifted) + 1023) << 52);
-  return x < -708.0 ? Vec<double>{} : y * power;
+  const Vec<double> result = x < -708.0 ? Vec<double>{} : y * power;
+  return x > 709.7 ? splat(kInfinity<double>) : result;
 }
 
-// log(x) for normal x > 0; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
+// log(x) for x = 0, normal x > 0 and infinity; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
 template <class T>
 NATRPB_INLINE Vec<T> log(Vec<T> x) {
   constexpr bool kSingle = sizeof(T) == 4;
@@ -141,7 +146,8 @@ NATRPB_INLINE Vec<T> log(Vec<T> x) {
   Vec<T> series = splat(T(1) / (2 * kTerms - 1));
   for (int k = kTerms - 2; k >= 0; --k) series = series * z + T(1) / (2 * k + 1);
   const Vec<T> result = T(2) * s * series + __builtin_convertvector(exponent, Vec<T>) * T(0.69314718055994530942);
-  return x == x ? result : x;
+  const Vec<T> zero = x == T(0) ? splat(-kInfinity<T>) : result;
+  return x < kInfinity<T> ? zero : x;
 }
 
 // ---- storage types ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""The same bits at any number of threads, run after run, and in every instruction set's own arithmetic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import natrpb
+from natrpb import ops
+
+from .cases import CASES, Case
+from .support import COMPILED, needs_compiled
+
+pytestmark = needs_compiled
+
+# Enough work that several threads share it, beside the ugly shapes.
+LARGER = [
+    Case((40, 40), 7, batch=3, heads=3, head_dim=32),
+    Case((700,), 13, dilation=3, batch=2, heads=2, head_dim=16),
+    Case((12, 14, 13), 3, is_causal=(True, False, False), heads=2, head_dim=16),
+    Case((35, 42), 7, shift=3, batch=2, heads=3, head_dim=32),
+]
+SOME = [*CASES[::4], *LARGER]
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; the old one comes back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def bits(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output, lse, all gradients, and the unfused ops' results."""
+    torch.manual_seed(0)
+    inputs = case.inputs(dtype, requires_grad=True)
+    out, lse = ops.local_attention(*inputs)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    results = [out, lse, *torch.autograd.grad((out, lse), inputs.tensors(), (dout, dlse))]
+    query, key, value = (x.detach().movedim(-2, 1) for x in inputs[:3])
+    scores = ops.local_qk(query, key, inputs.rpb, inputs.pattern).detach()
+    weights = scores.softmax(-1)
+    results += [
+        scores,
+        ops.local_av(weights, value, inputs.pattern),
+        ops.local_av_transposed(weights, query, inputs.pattern),
+        ops.local_bias_grad(weights, inputs.pattern),
+    ]
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_number_of_threads_does_not_change_a_bit(case, dtype, threads):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(bits(case, dtype))
+    for one, *others in zip(*results):
+        assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_running_again_gives_the_same_bits(case, threads):
+    threads(2)
+    first = bits(case, torch.float32)
+    for _ in range(5):
+        assert all(torch.equal(one, other) for one, other in zip(first, bits(case, torch.float32)))
+
+
+def test_samples_of_a_batch_do_not_depend_on_each_other():
+    inputs = LARGER[0].inputs(torch.float32)
+    out, lse = ops.local_attention(*inputs)
+    for sample in range(3):
+        alone = [x[sample : sample + 1] for x in inputs[:3]]
+        out_alone, lse_alone = ops.local_attention(*alone, *inputs[3:])
+        assert torch.equal(out[sample], out_alone[0]) and torch.equal(lse[sample], lse_alone[0])
+
+
+def test_deterministic_mode_of_torch_is_accepted():
+    torch.use_deterministic_algorithms(True)
+    try:
+        bits(LARGER[0], torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+INSTRUCTION_SETS = natrpb.info()["isa_available"] if COMPILED else []
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def run(isa: str, script: str) -> str:
+    """What a Python process prints whose kernels use `isa`; the choice is made once per process."""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"NATRPB_ISA": isa},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def save_results(path: str) -> None:
+    """Writes the results of all cases and dtypes, for comparison with another process."""
+    torch.save([bits(case, dtype) for dtype in TOLERANCE for case in CASES], path)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_path):
+    """Up to rounding, and relative to the largest entry."""
+    if isa == natrpb.info()["isa"]:
+        pytest.skip("the instruction set of this very process")
+    path = tmp_path / "results.pt"
+    assert run(isa, f"from tests.test_determinism import save_results as s; s({str(path)!r})") == ""
+    theirs = iter(torch.load(path))
+    for dtype, tolerance in TOLERANCE.items():
+        for case in CASES:
+            for ours, other in zip(bits(case, dtype), next(theirs), strict=True):
+                assert torch.equal(ours.isinf(), other.isinf())
+                ours, other = (x.double().masked_fill(x.isinf(), 0) for x in (ours, other))
+                if ours.numel():
+                    error = (ours - other).abs().max() / ours.abs().max().clamp(min=1)
+                    assert error <= tolerance, f"{case} {dtype}: {error:.1e}"
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_instruction_set_is_chosen_by_the_environment(isa):
+    assert run(isa, "import natrpb; print(natrpb.info()['isa'])") == isa
+
+
+@pytest.mark.skipif(not INSTRUCTION_SETS, reason="natrpb was built without its compiled ops")
+def test_unknown_instruction_set_in_the_environment_is_passed_over():
+    assert run("no-such-set", "import natrpb; print(natrpb.info()['isa'])") in INSTRUCTION_SETS
