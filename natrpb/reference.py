@@ -76,9 +76,7 @@ def local_bias(rpb: Tensor, pattern: Pattern, spatial: Sequence[int]) -> Tensor:
     return bias.reshape(rpb.shape[0], *spatial, pattern.num_slots)
 
 
-def local_qk(
-    query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, fill: float = float("-inf")
-) -> Tensor:
+def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, fill: float = float("-inf")) -> Tensor:
     """Scores of every query with its keys: attn[b,h,i,t] = <query_i, key_j(i,t)> + rpb[h, rel(i,t)], no scale.
 
     Args:

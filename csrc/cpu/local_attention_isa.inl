@@ -32,9 +32,77 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/simd.inl"
 
+#include "cpu/local_attention_copies.inl"
+
 #include "cpu/local_attention_tiles.inl"
 
 #include "cpu/local_attention_items.inl"
+
+// ---- entry points, see kernels.h ----
+
+template <class F>
+auto with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+template <class Pointer>
+struct StorageOf;
+template <class S>
+struct StorageOf<S*> {
+  typedef Worker<S> worker;
+};
+
+int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
+  return with_storage(params.dtype, [&](auto storage) {
+    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), nullptr);
+    return static_cast<int64_t>(worker.bytes);
+  });
+}
+
+int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, Op op) {
+  return with_storage(params.dtype, [&](auto storage) {
+    return StorageOf<decltype(storage)>::worker::workspace_elements(params, plan, needs_of(op, params));
+  });
+}
+
+void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
+  with_storage(params.dtype, [&](auto storage) {
+    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
+    if (!worker.begin(index)) return;
+    switch (op) {
+      case Op::kForward:
+        return worker.forward();
+      case Op::kBackward:
+        return worker.backward();
+      case Op::kQk:
+        return worker.qk();
+      case Op::kAv:
+        return worker.av();
+      case Op::kAvTransposed:
+        return worker.av_transposed();
+      case Op::kBiasGrad:
+        return worker.bias_grad();
+    }
+  });
+}
+
+void merge_keys(const LocalAttentionParams& params, const Plan& plan, Op op, const Item* parts, int64_t k0, int64_t k1,
+                void* scratch) {
+  with_storage(params.dtype, [&](auto storage) {
+    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
+    worker.merge_keys(parts, k0, k1);
+  });
+}
+
+extern const Kernels kKernels = {scratch_bytes, workspace_elements, run_item, merge_keys};
 
 }  // namespace natrpb::cpu::NATRPB_ISA
 

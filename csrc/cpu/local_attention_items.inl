@@ -68,40 +68,8 @@ struct Worker {
   }
   int64_t column_step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
 
-  static NATRPB_INLINE Vec<T> load_channels(const S* p, int64_t left) {
-    return left >= L ? load_as<T>(p) : load_part<T>(p, left);
-  }
-
   // Whether a tensor can be read in place: no conversion, no padding.
   static bool in_place(int64_t channels) { return std::is_same_v<S, T> && channels % L == 0; }
-
-  // to[i][channel] = from[i][channel]
-  static void copy_rows(const S* from, int64_t step, int64_t count, int64_t channels, T* to) {
-    for (int64_t i = 0; i < count; ++i, from += step) {
-      for (int64_t c = 0; c < channels; c += L, to += L) store(to, load_channels(from + c, channels - c));
-    }
-  }
-  // to[c][i] = factor * from[i][c] for whole vectors of i; lanes from count on repeat the last row.
-  static void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
-    for (int64_t i = 0; i < count; i += L) {
-      const int64_t last = min_of(L, count - i) - 1;
-      for (int64_t c = 0; c < channels; c += L) {
-        const S* corner = from + i * step + c;
-        T* target = to + c * pitch + i;
-        const int64_t left = channels - c;
-        Vec<T> tile[L];
-        unroll<L>([&](auto r) NATRPB_LAMBDA {
-          constexpr int n = decltype(r)::value;
-          tile[n] = load_channels(corner + min_of(n, last) * step, left) * factor;
-        });
-        transpose<T>(tile);
-        unroll<L>([&](auto r) NATRPB_LAMBDA {
-          constexpr int n = decltype(r)::value;
-          if (n < left) store(target + n * pitch, tile[n]);
-        });
-      }
-    }
-  }
 
   template <class F>
   void for_key_rows(F&& body) const {
@@ -181,8 +149,6 @@ struct Worker {
     if (needs.bias) stage_bias();
     return true;
   }
-  static void clear(T* p, int64_t count) { __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(T)); }
-
   // Elements of workspace per item: its sums over keys and its bias table.
   static int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, const Needs& needs) {
     const bool shared = plan.boxes_total > 1;
@@ -313,11 +279,6 @@ struct Worker {
     const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
     T* to = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
     for (int l = 0; l < block.live; ++l) to[l * column_step(view)] = v[l];
-  }
-  static void store_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
-    int64_t c = 0;
-    for (; c + L <= channels; c += L) store_as(to + c, load(from + c) * factor);
-    if (c < channels) store_part<T>(to + c, load(from + c) * factor, channels - c);
   }
   // Writes tile[lane][channel] * factor[lane] to the block's queries.
   void store_tile(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const T* tile, int64_t pitch,
@@ -558,69 +519,3 @@ struct Worker {
     if (needs.dvalue) merge(params.dvalue, needs.dkey ? plan.keys_max * key_pitch : 0, value_depth, T(1));
   }
 };
-
-// ---- entry points, see kernels.h ----
-
-template <class F>
-auto with_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Float16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
-}
-template <class Pointer>
-struct StorageOf;
-template <class S>
-struct StorageOf<S*> {
-  typedef Worker<S> worker;
-};
-
-int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
-  return with_storage(params.dtype, [&](auto storage) {
-    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), nullptr);
-    return static_cast<int64_t>(worker.bytes);
-  });
-}
-
-int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, Op op) {
-  return with_storage(params.dtype, [&](auto storage) {
-    return StorageOf<decltype(storage)>::worker::workspace_elements(params, plan, needs_of(op, params));
-  });
-}
-
-void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
-  with_storage(params.dtype, [&](auto storage) {
-    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
-    if (!worker.begin(index)) return;
-    switch (op) {
-      case Op::kForward:
-        return worker.forward();
-      case Op::kBackward:
-        return worker.backward();
-      case Op::kQk:
-        return worker.qk();
-      case Op::kAv:
-        return worker.av();
-      case Op::kAvTransposed:
-        return worker.av_transposed();
-      case Op::kBiasGrad:
-        return worker.bias_grad();
-    }
-  });
-}
-
-void merge_keys(const LocalAttentionParams& params, const Plan& plan, Op op, const Item* parts, int64_t k0, int64_t k1,
-                void* scratch) {
-  with_storage(params.dtype, [&](auto storage) {
-    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
-    worker.merge_keys(parts, k0, k1);
-  });
-}
-
-extern const Kernels kKernels = {scratch_bytes, workspace_elements, run_item, merge_keys};

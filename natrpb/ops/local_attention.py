@@ -386,9 +386,7 @@ if _ext.reason is None:
 
     last, first, table = -2, 1, 0  # where heads-last, heads-first and table tensors hold their heads
     register_vmap("local_attention_forward", (last, last, last, table), (last, -1))
-    register_vmap(
-        "local_attention_backward", (last, -1, last, last, last, table, -1), (last, last, last, table)
-    )
+    register_vmap("local_attention_backward", (last, -1, last, last, last, table, -1), (last, last, last, table))
     register_vmap("local_qk", (first, first, table), (first,))
     register_vmap("local_av", (first, first), (first,))
     register_vmap("local_av_transposed", (first, first), (first,))

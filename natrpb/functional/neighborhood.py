@@ -1,7 +1,4 @@
-"""The public stateless API: neighborhood attention in one to three dimensions, fused and unfused.
-
-This layer checks arguments and composes; the arithmetic is in `natrpb.ops` (compiled) or `natrpb.reference` (plain PyTorch).
-"""
+"""Neighborhood attention in one to three dimensions, fused and unfused."""
 
 from __future__ import annotations
 
@@ -10,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
-from .patterns import Pattern, check_fits, neighborhood_pattern
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .. import ops
+from ..patterns import check_fits, neighborhood_pattern
+from ._checks import AXES, check_head_dim, check_rpb, check_tensor, share_heads
 
 
 def na1d(
@@ -161,31 +157,33 @@ def _neighborhood_attention(
     ndim, query, key, value, kernel_size, stride, dilation, is_causal, rpb, scale,
     additional_keys, additional_values, dropout_p, return_lse,
 ):  # fmt: skip
-    layout = f"[B, {', '.join(_AXES[ndim])}, heads, D]"
-    _check_tensor("query", query, ndim + 3, layout)
-    _check_tensor("key", key, ndim + 3, layout, like=query)
-    _check_tensor("value", value, ndim + 3, layout, like=query)
+    layout = f"[B, {', '.join(AXES[ndim])}, heads, D]"
+    check_tensor("query", query, ndim + 3, layout)
+    check_tensor("key", key, ndim + 3, layout, like=query)
+    check_tensor("value", value, ndim + 3, layout, like=query)
     pattern = neighborhood_pattern(ndim, kernel_size, stride, dilation, is_causal)
     if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have query's shape but for heads, {list(query.shape)}, got {list(key.shape)}")
     if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}")
+        raise ValueError(
+            f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}"
+        )
     if query.numel():
         check_fits(pattern, query.shape[1:-2])
     heads, head_dim = query.shape[-2:]
-    _check_head_dim(head_dim, value.shape[-1])
+    check_head_dim(head_dim, value.shape[-1])
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
     if scale is None:
         scale = head_dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
-    _check_rpb(rpb, heads, pattern, query.device)
+    check_rpb(rpb, heads, pattern, query.device)
     _check_additional(additional_keys, additional_values, key, value)
 
-    key, value = (_share_heads(x, heads) for x in (key, value))
+    key, value = (share_heads(x, heads) for x in (key, value))
     if additional_keys is not None:
-        additional_keys, additional_values = (_share_heads(x, heads) for x in (additional_keys, additional_values))
+        additional_keys, additional_values = (share_heads(x, heads) for x in (additional_keys, additional_values))
     if dropout_p > 0:
         out, lse = _with_dropout(
             query, key, value, rpb, pattern, float(scale), additional_keys, additional_values, dropout_p
@@ -226,23 +224,23 @@ def _merge_additional(out, lse, query, additional_keys, additional_values, scale
 
 
 def _qk(ndim, query, key, kernel_size, dilation, is_causal, rpb):
-    layout = f"[B, heads, {', '.join(_AXES[ndim])}, D]"
-    _check_tensor("query", query, ndim + 3, layout)
-    _check_tensor("key", key, ndim + 3, layout, like=query)
+    layout = f"[B, heads, {', '.join(AXES[ndim])}, D]"
+    check_tensor("query", query, ndim + 3, layout)
+    check_tensor("key", key, ndim + 3, layout, like=query)
     pattern = neighborhood_pattern(ndim, kernel_size, 1, dilation, is_causal)
     if key.shape != query.shape:
         raise ValueError(f"key must have query's shape, {list(query.shape)}, got {list(key.shape)}")
     if query.numel():
         check_fits(pattern, query.shape[2:-1])
-    _check_head_dim(query.shape[-1])
-    _check_rpb(rpb, query.shape[1], pattern, query.device)
+    check_head_dim(query.shape[-1])
+    check_rpb(rpb, query.shape[1], pattern, query.device)
     return ops.local_qk(query, key, rpb, pattern)
 
 
 def _av(ndim, attn, value, kernel_size, dilation, is_causal):
-    layout = f"[B, heads, {', '.join(_AXES[ndim])}, Dv]"
-    _check_tensor("value", value, ndim + 3, layout)
-    _check_tensor("attn", attn, ndim + 3, f"[B, heads, {', '.join(_AXES[ndim])}, T]")
+    layout = f"[B, heads, {', '.join(AXES[ndim])}, Dv]"
+    check_tensor("value", value, ndim + 3, layout)
+    check_tensor("attn", attn, ndim + 3, f"[B, heads, {', '.join(AXES[ndim])}, T]")
     pattern = neighborhood_pattern(ndim, kernel_size, 1, dilation, is_causal)
     if attn.device != value.device:
         raise ValueError(f"attn must be on value's device, {value.device}, got {attn.device}")
@@ -253,45 +251,8 @@ def _av(ndim, attn, value, kernel_size, dilation, is_causal):
         )
     if value.numel():
         check_fits(pattern, value.shape[2:-1])
-    _check_head_dim(value.shape[-1])
+    check_head_dim(value.shape[-1])
     return ops.local_av(attn.to(value.dtype), value, pattern)
-
-
-_AXES = {1: ("L",), 2: ("H", "W"), 3: ("D0", "H", "W")}
-
-
-def _check_tensor(name, given, rank, layout, like=None):
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {type(given).__name__}")
-    if given.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {given.dtype}")
-    if given.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {given.layout}")
-    if given.dim() != rank:
-        raise ValueError(f"{name} must have shape {layout}, got {list(given.shape)}")
-    if like is not None:
-        if given.device != like.device:
-            raise ValueError(f"{name} must be on query's device, {like.device}, got {given.device}")
-        if given.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
-            raise TypeError(f"{name} must have query's dtype, {like.dtype}, got {given.dtype}")
-
-
-def _check_head_dim(*dims):
-    for dim in dims:
-        if dim < 1:
-            raise ValueError(f"the last axis (head_dim) must hold at least 1 element, got {dim}")
-
-
-def _check_rpb(rpb, heads, pattern: Pattern, device):
-    if rpb is None:
-        return
-    if not isinstance(rpb, Tensor) or rpb.dtype not in _FLOATS:
-        raise TypeError(f"rpb must be a floating-point tensor or None, got {getattr(rpb, 'dtype', type(rpb).__name__)}")
-    expected = (heads, *pattern.rpb_shape)
-    if tuple(rpb.shape) != expected:
-        raise ValueError(f"rpb must have shape {list(expected)} (heads, 2 K - 1 per axis), got {list(rpb.shape)}")
-    if rpb.device != device:
-        raise ValueError(f"rpb must be on query's device, {device}, got {rpb.device}")
 
 
 def _check_additional(keys, values, key, value):
@@ -299,8 +260,8 @@ def _check_additional(keys, values, key, value):
         raise ValueError("additional_keys and additional_values must be given together")
     if keys is None:
         return
-    _check_tensor("additional_keys", keys, 4, "[B, T, heads, D]", like=key)
-    _check_tensor("additional_values", values, 4, "[B, T, heads, Dv]", like=key)
+    check_tensor("additional_keys", keys, 4, "[B, T, heads, D]", like=key)
+    check_tensor("additional_values", values, 4, "[B, T, heads, Dv]", like=key)
     batch, heads_kv, head_dim = key.shape[0], key.shape[-2], key.shape[-1]
     if keys.shape[0] != batch or keys.shape[2:] != (heads_kv, head_dim) or keys.shape[1] < 1:
         raise ValueError(
@@ -309,13 +270,3 @@ def _check_additional(keys, values, key, value):
     expected = [batch, keys.shape[1], heads_kv, value.shape[-1]]
     if list(values.shape) != expected:
         raise ValueError(f"additional_values must have shape {expected}, got {list(values.shape)}")
-
-
-def _share_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeats key/value heads so that every query head has its own (grouped-query attention); x [..., heads_kv, D]."""
-    heads_kv = x.shape[-2]
-    if heads_kv == heads:
-        return x
-    if heads_kv < 1 or heads % heads_kv:
-        raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {heads_kv}")
-    return x.repeat_interleave(heads // heads_kv, dim=-2)

@@ -1,0 +1,55 @@
+"""Argument checks that the public functions share; every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..patterns import Pattern
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+AXES = {1: ("L",), 2: ("H", "W"), 3: ("D0", "H", "W")}
+
+
+def check_tensor(name, given, rank, layout, like=None):
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(given).__name__}")
+    if given.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {given.dtype}")
+    if given.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {given.layout}")
+    if given.dim() != rank:
+        raise ValueError(f"{name} must have shape {layout}, got {list(given.shape)}")
+    if like is not None:
+        if given.device != like.device:
+            raise ValueError(f"{name} must be on query's device, {like.device}, got {given.device}")
+        if given.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            raise TypeError(f"{name} must have query's dtype, {like.dtype}, got {given.dtype}")
+
+
+def check_head_dim(*dims):
+    for dim in dims:
+        if dim < 1:
+            raise ValueError(f"the last axis (head_dim) must hold at least 1 element, got {dim}")
+
+
+def check_rpb(rpb, heads, pattern: Pattern, device):
+    if rpb is None:
+        return
+    if not isinstance(rpb, Tensor) or rpb.dtype not in FLOATS:
+        raise TypeError(f"rpb must be a floating-point tensor or None, got {getattr(rpb, 'dtype', type(rpb).__name__)}")
+    expected = (heads, *pattern.rpb_shape)
+    if tuple(rpb.shape) != expected:
+        raise ValueError(f"rpb must have shape {list(expected)} (heads, 2 K - 1 per axis), got {list(rpb.shape)}")
+    if rpb.device != device:
+        raise ValueError(f"rpb must be on query's device, {device}, got {rpb.device}")
+
+
+def share_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeats key/value heads so that every query head has its own (grouped-query attention); x [..., heads_kv, D]."""
+    heads_kv = x.shape[-2]
+    if heads_kv == heads:
+        return x
+    if heads_kv < 1 or heads % heads_kv:
+        raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {heads_kv}")
+    return x.repeat_interleave(heads // heads_kv, dim=-2)
