@@ -102,9 +102,7 @@ def dense_bias(rpb: Tensor, window_size: int | Sequence[int]) -> Tensor:
     window = per_axis("window_size", window_size, rpb.dim() - 1)
     pattern = window_pattern(len(window), window)
     if tuple(rpb.shape[1:]) != pattern.rpb_shape:
-        raise ValueError(
-            f"rpb must have shape [heads, {', '.join(map(str, pattern.rpb_shape))}], got {list(rpb.shape)}"
-        )
+        raise ValueError(f"rpb must have shape [heads, {', '.join(map(str, pattern.rpb_shape))}], got {list(rpb.shape)}")
     return reference.local_bias(rpb, pattern, window).flatten(1, -2)
 
 

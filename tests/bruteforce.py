@@ -24,9 +24,7 @@ from torch import Tensor
 from natrpb.patterns import CAUSAL, NEIGHBORHOOD, Pattern
 
 
-def neighborhood(
-    length: int, kernel_size: int, stride: int, dilation: int, kind: int, shift: int, query: int
-) -> list[int]:
+def neighborhood(length: int, kernel_size: int, stride: int, dilation: int, kind: int, shift: int, query: int) -> list[int]:
     """Positions of the keys that `query` sees on one axis, ascending."""
     line = [j for j in range(length) if j % dilation == query % dilation]
     at = line.index(query)
@@ -109,9 +107,7 @@ def dense(pattern: Pattern, spatial: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mask, entry
 
 
-def dense_attention(
-    query, key, value, rpb, pattern, scale, extra_keys=None, extra_values=None
-) -> tuple[Tensor, Tensor]:
+def dense_attention(query, key, value, rpb, pattern, scale, extra_keys=None, extra_values=None) -> tuple[Tensor, Tensor]:
     """The fused op through full [N, N] scores, in fp64; differentiable.
 
     Args:

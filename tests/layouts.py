@@ -11,9 +11,7 @@ from .cases import Inputs
 
 
 def _each(change: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Inputs]:
-    return lambda inputs: inputs._replace(
-        query=change(inputs.query), key=change(inputs.key), value=change(inputs.value)
-    )
+    return lambda inputs: inputs._replace(query=change(inputs.query), key=change(inputs.key), value=change(inputs.value))
 
 
 def _fused_qkv(inputs: Inputs) -> Inputs:

@@ -14,9 +14,7 @@ from natrpb.convert import detect_format, from_huggingface, to_huggingface, to_o
 from natrpb.models import create_model, list_models, load_weights
 from natrpb.models._registry import model_entry
 
-SMALL = dict(
-    embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations=(3, 1, 1, 1), layer_scale=0.1
-)
+SMALL = dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations=(3, 1, 1, 1), layer_scale=0.1)
 HUGGINGFACE_MODELS = [name for name in list_models() if name.startswith(("nat_", "dinat_")) and "isotropic" not in name]
 HUGGINGFACE_MODELS = [name for name in HUGGINGFACE_MODELS if not name.startswith("dinat_s_")]
 

@@ -117,9 +117,7 @@ ODD_NUMBERS = st.one_of(
     st.none(),
     st.sampled_from(["3", "", b"3", 1j, [], {}, object(), torch.tensor(3), torch.zeros(2, 2)]),
 )
-ODD_SIZES = st.one_of(
-    ODD_NUMBERS, st.lists(ODD_NUMBERS, max_size=4), st.lists(st.integers(1, 4), max_size=4).map(tuple)
-)
+ODD_SIZES = st.one_of(ODD_NUMBERS, st.lists(ODD_NUMBERS, max_size=4), st.lists(st.integers(1, 4), max_size=4).map(tuple))
 ODD_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
 
 

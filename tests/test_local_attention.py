@@ -166,9 +166,7 @@ def test_table_may_have_another_dtype(dtype, table):
     inputs = inputs._replace(rpb=inputs.rpb.to(table))
     out, _ = natrpb.na2d(*inputs[:3], 3, rpb=inputs.rpb, return_lse=True)
     assert out.dtype == dtype
-    close(
-        out.double(), reference.local_attention(*inputs.cast(torch.float64))[0], 0.05 if dtype in DTYPES[2:] else 1e-5
-    )
+    close(out.double(), reference.local_attention(*inputs.cast(torch.float64))[0], 0.05 if dtype in DTYPES[2:] else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)

@@ -26,9 +26,7 @@ NAMES = ("query", "key", "value", "rpb")
 def feature_grid() -> list[Case]:
     """1-D, 2-D, 3-D x odd and even K x stride x dilation x causal, small enough for numerical derivatives."""
     cases = []
-    for ndim, kernel_size, stride, dilation, is_causal in itertools.product(
-        (1, 2, 3), (3, 2), (1, 2), (1, 2), (False, True)
-    ):
+    for ndim, kernel_size, stride, dilation, is_causal in itertools.product((1, 2, 3), (3, 2), (1, 2), (1, 2), (False, True)):
         length = kernel_size * dilation + 1
         spatial = ((length + 3,), (length, length - 1), (length - 1, 2, 3))[ndim - 1]
         # Beyond the first axes the third dimension keeps the volume small: K = 2, no dilation.
@@ -93,9 +91,7 @@ def test_gradcheck_entry_by_entry_with_forward_mode_and_vmap(case):
 @pytest.mark.parametrize("case", GRID[::3], ids=str)
 def test_gradcheck_in_forward_mode(case):
     inputs = case.inputs(requires_grad=True)
-    assert gradcheck(
-        attention_of(inputs), inputs.tensors(), check_forward_ad=True, check_backward_ad=False, fast_mode=True
-    )
+    assert gradcheck(attention_of(inputs), inputs.tensors(), check_forward_ad=True, check_backward_ad=False, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
@@ -143,9 +139,7 @@ def test_one_result_may_go_unused(case, used):
     inputs = case.inputs(requires_grad=True)
     position = ("out", "lse").index(used)
     ours, exact = (
-        torch.autograd.grad(
-            op(*inputs)[position].sin().sum(), inputs.tensors(), allow_unused=True, materialize_grads=True
-        )
+        torch.autograd.grad(op(*inputs)[position].sin().sum(), inputs.tensors(), allow_unused=True, materialize_grads=True)
         for op in (ops.local_attention, reference.local_attention)
     )
     for one, other in zip(ours, exact):
@@ -172,16 +166,12 @@ def test_memory_layout_of_the_incoming_gradient_does_not_matter(layout):
     inputs = Case((7, 9), (3, 4), batch=2).inputs(requires_grad=True)
     dout = layout(Case((7, 9), (3, 4), batch=2).inputs()).value
     dlse = dout[..., 0]
-    packed = gradients(
-        ops.local_attention, inputs, dout.clone(memory_format=torch.contiguous_format), dlse.contiguous()
-    )
+    packed = gradients(ops.local_attention, inputs, dout.clone(memory_format=torch.contiguous_format), dlse.contiguous())
     for one, other in zip(gradients(ops.local_attention, inputs, dout, dlse), packed):
         close(one, other, 1e-12)
 
 
-@pytest.mark.parametrize(
-    "wanted", [names for n in (1, 2, 3) for names in itertools.combinations(NAMES, n)], ids="+".join
-)
+@pytest.mark.parametrize("wanted", [names for n in (1, 2, 3) for names in itertools.combinations(NAMES, n)], ids="+".join)
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[3], SMALL[5]], ids=str)
 def test_gradients_come_only_where_asked_for(case, wanted):
     inputs = case.inputs()

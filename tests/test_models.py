@@ -57,9 +57,7 @@ DILATIONS = {
     "dinat_isotropic_base": [[1, 2] * 6],
 }
 SMALL = {  # every family at a size that tests can run
-    "dinat_mini": dict(
-        embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations=(3, 2, 1, 1)
-    ),
+    "dinat_mini": dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations=(3, 2, 1, 1)),
     "nat_small": dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=3),
     "dinat_s_tiny": dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3),
     "dinat_isotropic_small": dict(embed_dim=32, depth=2, num_heads=2, kernel_size=3),
@@ -216,9 +214,7 @@ def test_feature_maps_are_the_classifiers_stages():
         f"norm{i}.{part}" for i in range(4) for part in ("weight", "bias")
     }
     weights = classifier.state_dict()
-    weights |= {
-        f"norm{i}.{part}": backbone.state_dict()[f"norm{i}.{part}"] for i in (0, 1, 2) for part in ("weight", "bias")
-    }
+    weights |= {f"norm{i}.{part}": backbone.state_dict()[f"norm{i}.{part}"] for i in (0, 1, 2) for part in ("weight", "bias")}
     weights |= {"norm3.weight": weights["norm.weight"], "norm3.bias": weights["norm.bias"]}
     backbone.load_state_dict({key: weights[key] for key in backbone.state_dict()})
     x = torch.randn(1, 3, 40, 64)

@@ -211,9 +211,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_parameters():
 def test_repr_names_what_differs_from_the_defaults():
     plain = repr(NeighborhoodAttention2D(8, 2, 3))
     assert "NeighborhoodAttention2D(\n  8, num_heads=2, kernel_size=3, rel_pos_bias=False\n" in plain
-    module = NeighborhoodAttention2D(
-        8, 2, (3, 5), 2, (1, 4), (True, False), qk_scale=1.0, attn_drop=0.1, pad_small_inputs=True
-    )
+    module = NeighborhoodAttention2D(8, 2, (3, 5), 2, (1, 4), (True, False), qk_scale=1.0, attn_drop=0.1, pad_small_inputs=True)
     for part in (
         "kernel_size=(3, 5)",
         "stride=2",

@@ -21,7 +21,7 @@ unsigned long long saved_state() {
 }
 
 Isa detect() {
-  constexpr unsigned kOsxsave = 1u << 27, kFma = 1u << 12, kF16c = 1u << 29;                          // leaf 1, ecx
+  constexpr unsigned kOsxsave = 1u << 27, kFma = 1u << 12, kF16c = 1u << 29;                        // leaf 1, ecx
   constexpr unsigned kAvx2 = 1u << 5, kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // leaf 7, ebx: F DQ BW VL
   constexpr unsigned long long kYmm = 0x6, kZmm = 0xe6;
   unsigned a, b, c, d;

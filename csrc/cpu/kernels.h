@@ -13,10 +13,10 @@ enum class Op { kForward, kBackward, kQk, kAv, kAvTransposed, kBiasGrad };
 
 // What an item stages (copies of its keys in the compute type) and accumulates.
 struct Needs {
-  bool scores, dscores;          // transposed keys for query . key; transposed values for dout . value
-  bool key_rows, value_rows;     // natural rows, for weighted sums
-  bool query_tile, dout_tile;    // natural rows of a block's queries, for scatters
-  bool dkey, dvalue, dbias;      // sums over the item's queries
+  bool scores, dscores;        // transposed keys for query . key; transposed values for dout . value
+  bool key_rows, value_rows;   // natural rows, for weighted sums
+  bool query_tile, dout_tile;  // natural rows of a block's queries, for scatters
+  bool dkey, dvalue, dbias;    // sums over the item's queries
   bool bias;
 };
 

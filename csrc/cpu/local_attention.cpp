@@ -137,9 +137,7 @@ int64_t workspace_bytes(const LocalAttentionParams& params, Op op) {
 int64_t local_attention_backward_workspace(const LocalAttentionParams& params) {
   return workspace_bytes(params, Op::kBackward);
 }
-int64_t local_av_transposed_workspace(const LocalAttentionParams& params) {
-  return workspace_bytes(params, Op::kAvTransposed);
-}
+int64_t local_av_transposed_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kAvTransposed); }
 int64_t local_bias_grad_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kBiasGrad); }
 
 Status local_attention_forward(const LocalAttentionParams& params, ParallelFor parallel_for) {

@@ -12,27 +12,37 @@ struct Worker {
   const Plan& plan;
   const Needs needs;
   Item item;
-  const int64_t depth, value_depth;                // D, Dv
-  const int64_t key_pitch, value_pitch;            // padded to whole vectors
+  const int64_t depth, value_depth;      // D, Dv
+  const int64_t key_pitch, value_pitch;  // padded to whole vectors
   const Kernel kernel;
   const int64_t k2, slots;
-  const int64_t table1, table2, bias_pitch;        // 2 K_1 - 1, 2 K_2 - 1, padded
+  const int64_t table1, table2, bias_pitch;  // 2 K_1 - 1, 2 K_2 - 1, padded
   Rows<T> key_rows, value_rows, dkey_rows, dvalue_rows;
-  T *key_columns, *value_columns;                  // transposed rows, [key row][channel][column_pitch]
+  T *key_columns, *value_columns;  // transposed rows, [key row][channel][column_pitch]
   int64_t column_pitch;
-  T *query_columns, *dout_columns;                 // [kRowTile][channel][L]
-  T *query_tile, *dout_tile;                       // [L][pitch], copies of natural rows where the tensor will not do
-  T *result_tile;                                  // [L][pitch]; a whole row of keys in merge_keys
-  T *score, *dscore;                               // [kRowTile][slots][L]
-  T *bias, *dbias;                                 // [table rows][bias_pitch]; [table rows][K_2][L]
+  T *query_columns, *dout_columns;  // [kRowTile][channel][L]
+  T *query_tile, *dout_tile;        // [L][pitch], copies of natural rows where the tensor will not do
+  T* result_tile;                   // [L][pitch]; a whole row of keys in merge_keys
+  T *score, *dscore;                // [kRowTile][slots][L]
+  T *bias, *dbias;                  // [table rows][bias_pitch]; [table rows][K_2][L]
   size_t bytes;
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
 
   Worker(const LocalAttentionParams& p, const Plan& pl, const Needs& n, void* scratch)
-      : params(p), plan(pl), needs(n), depth(p.head_dim), value_depth(p.value_dim), key_pitch(padded(depth)),
-        value_pitch(padded(value_depth)), kernel{p.axis[1].kernel_size, p.axis[2].kernel_size}, k2(kernel.size2),
-        slots(pl.slots), table1(2 * kernel.size1 - 1), table2(2 * k2 - 1), bias_pitch(padded(table2) + L),
+      : params(p),
+        plan(pl),
+        needs(n),
+        depth(p.head_dim),
+        value_depth(p.value_dim),
+        key_pitch(padded(depth)),
+        value_pitch(padded(value_depth)),
+        kernel{p.axis[1].kernel_size, p.axis[2].kernel_size},
+        k2(kernel.size2),
+        slots(pl.slots),
+        table1(2 * kernel.size1 - 1),
+        table2(2 * k2 - 1),
+        bias_pitch(padded(table2) + L),
         column_pitch(padded(pl.key_size[2] + k2 + L)) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
     Arena arena(scratch);
@@ -99,8 +109,8 @@ struct Worker {
     }
     layout_rows(channels, rows);
     for_key_rows([&](int64_t r0, int64_t r1) {
-      copy_rows(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view),
-                item.key_n[2], channels, rows.at(r0, r1, 0));
+      copy_rows(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), item.key_n[2],
+                channels, rows.at(r0, r1, 0));
     });
   }
   // Dense rows of padded channels, in the order of the box.
@@ -188,8 +198,7 @@ struct Worker {
   }
   // Row of a bias table for query row (p0, p1) and key row (r0, r1), r relative to the box.
   int64_t bias_row(int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
-    return params.axis[0].bias_index(p0, r0 + item.key_lo[0]) * table1 +
-           params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
+    return params.axis[0].bias_index(p0, r0 + item.key_lo[0]) * table1 + params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
   }
   int64_t slot_row(const KeyRows& rows, int64_t r0, int64_t r1) const {
     return ((r0 - rows.axis0.first) * kernel.size1 + r1 - rows.axis1.first) * k2;

@@ -13,7 +13,7 @@ enum class Reach { kConsecutive, kSame, kWithin, kAnywhere };  // offset[l] = l;
 template <class T>
 struct LaneMap {
   Reach reach;
-  Index<T> index;            // offsets, for kWithin
+  Index<T> index;  // offsets, for kWithin
   int64_t offset[kLanes<T>];
 };
 
@@ -62,12 +62,12 @@ inline constexpr int kSlotTile = NATRPB_VECTOR_BYTES == 64 ? 8 : 5;
 
 template <class T>
 struct ScoreArgs {
-  const T* query;                // [rows][depth][kLanes]
-  const T* key;                  // key row at the block's base column and the tile's first slot, [depth][pitch]
+  const T* query;  // [rows][depth][kLanes]
+  const T* key;    // key row at the block's base column and the tile's first slot, [depth][pitch]
   int64_t depth;
   int64_t pitch;
   const LaneMap<T>* key_lanes;
-  T* score[kRowTile];            // [slots][kLanes], of every query row
+  T* score[kRowTile];  // [slots][kLanes], of every query row
 };
 
 // score[r][t] += sum_c query[r][c] * key[c][t]
@@ -129,13 +129,13 @@ ScoreTile<T> pick_score_tile(int rows, int slots, Reach reach) {
 // The axis-2 side of a block: live lanes and, per lane, the interval of key columns relative to the box's first key.
 template <class T>
 struct Block {
-  int64_t column;             // first query, in-group
+  int64_t column;  // first query, in-group
   int live;
-  int64_t first[kLanes<T>];   // NB: lanes beyond live repeat the last live one
+  int64_t first[kLanes<T>];  // NB: lanes beyond live repeat the last live one
   int64_t count[kLanes<T>];
-  bool full;                  // every live lane sees K_2 columns
-  LaneMap<T> key_lanes;       // from first[0]
-  LaneMap<T> bias_lanes;      // from bias_base
+  bool full;              // every live lane sees K_2 columns
+  LaneMap<T> key_lanes;   // from first[0]
+  LaneMap<T> bias_lanes;  // from bias_base
   int64_t bias_base;
   int64_t bias_first[kLanes<T>];  // table column of every lane's slot 0
 };
@@ -157,9 +157,7 @@ struct Rows {
   int64_t step[kAxes];  // elements from key to key along each axis
   int64_t channels;     // a multiple of kLanes
 
-  NATRPB_INLINE T* at(int64_t k0, int64_t k1, int64_t k2) const {
-    return data + k0 * step[0] + k1 * step[1] + k2 * step[2];
-  }
+  NATRPB_INLINE T* at(int64_t k0, int64_t k1, int64_t k2) const { return data + k0 * step[0] + k1 * step[1] + k2 * step[2]; }
 };
 
 // Walks the pairs of QUERIES neighboring lanes and the columns of one key row:
@@ -177,9 +175,8 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
       });
     });
     for (int64_t j = QUERIES - 1; j < count; ++j) {
-      column(j, [&](auto&& pair) NATRPB_LAMBDA {
-        unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, j - decltype(i)::value); });
-      });
+      column(j, [&](auto&& pair)
+                    NATRPB_LAMBDA { unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, j - decltype(i)::value); }); });
     }
     unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
       constexpr int passed = decltype(j)::value + 1;
@@ -193,9 +190,7 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
   } else {
     static_assert(R == Reach::kSame || QUERIES == 1);
     for (int64_t t = 0; t < count; ++t) {
-      column(t, [&](auto&& pair) NATRPB_LAMBDA {
-        unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, t); });
-      });
+      column(t, [&](auto&& pair) NATRPB_LAMBDA { unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, t); }); });
     }
   }
 }
@@ -245,14 +240,12 @@ void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kern
     const T* source = x.at(k0, k1, block.first[lane]) + channel;
     for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
       Vec<T> row[VECTORS];
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        row[decltype(v)::value] = load(source + column * x.step[2] + decltype(v)::value * L);
-      });
+      unroll<VECTORS>(
+          [&](auto v) NATRPB_LAMBDA { row[decltype(v)::value] = load(source + column * x.step[2] + decltype(v)::value * L); });
       meets([&](auto i, int64_t t) NATRPB_LAMBDA {
         const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-          acc[decltype(i)::value][decltype(v)::value] += w * row[decltype(v)::value];
-        });
+        unroll<VECTORS>([&](auto v)
+                            NATRPB_LAMBDA { acc[decltype(i)::value][decltype(v)::value] += w * row[decltype(v)::value]; });
       });
     });
   });
@@ -281,18 +274,15 @@ void scatter_tile(const T* p, const Block<T>& block, const KeyRows& rows, const 
     T* target = dx.at(k0, k1, block.first[lane]) + channel;
     for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
       Vec<T> acc[VECTORS];
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        acc[decltype(v)::value] = load(target + column * dx.step[2] + decltype(v)::value * L);
-      });
+      unroll<VECTORS>(
+          [&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] = load(target + column * dx.step[2] + decltype(v)::value * L); });
       meets([&](auto i, int64_t t) NATRPB_LAMBDA {
         const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-          acc[decltype(v)::value] += w * query[decltype(i)::value][decltype(v)::value];
-        });
+        unroll<VECTORS>([&](auto v)
+                            NATRPB_LAMBDA { acc[decltype(v)::value] += w * query[decltype(i)::value][decltype(v)::value]; });
       });
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        store(target + column * dx.step[2] + decltype(v)::value * L, acc[decltype(v)::value]);
-      });
+      unroll<VECTORS>(
+          [&](auto v) NATRPB_LAMBDA { store(target + column * dx.step[2] + decltype(v)::value * L, acc[decltype(v)::value]); });
     });
   });
 }

@@ -13,8 +13,7 @@ constexpr double kHaloAllowed = 1.5;
 constexpr int64_t kColumnUnit = 16;
 
 int64_t key_extent(const Axis& axis, int64_t box, int64_t group_length) {
-  const int64_t halo = axis.kind == AxisKind::kWindow ? 2 * (axis.kernel_size - 1)
-                                                      : axis.kernel_size - 1 + axis.stride - 1;
+  const int64_t halo = axis.kind == AxisKind::kWindow ? 2 * (axis.kernel_size - 1) : axis.kernel_size - 1 + axis.stride - 1;
   return min_of(box + halo, group_length);
 }
 

@@ -20,10 +20,10 @@ struct Plan {
   int64_t groups_total;
   int64_t boxes_total;  // per residue group
   int64_t items;
-  int64_t keys_max;     // product of key_size
-  int64_t slots;        // K_0 K_1 K_2
-  int64_t row_max;      // most positions of a group on axis 2
-  int64_t table;        // entries of one head's bias table
+  int64_t keys_max;  // product of key_size
+  int64_t slots;     // K_0 K_1 K_2
+  int64_t row_max;   // most positions of a group on axis 2
+  int64_t table;     // entries of one head's bias table
 };
 
 // `channels` is the number of compute-type elements that the op stages per key.

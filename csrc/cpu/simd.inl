@@ -259,8 +259,7 @@ NATRPB_INLINE void transpose_rounds(Vec<T>* rows) {
   if constexpr (S < kLanes<T>) {
     unroll<kLanes<T>>([&](auto i) NATRPB_LAMBDA {
       if constexpr (!(decltype(i)::value & S)) {
-        exchange<S>(rows[decltype(i)::value], rows[decltype(i)::value + S],
-                    std::make_integer_sequence<int, kLanes<T>>{});
+        exchange<S>(rows[decltype(i)::value], rows[decltype(i)::value + S], std::make_integer_sequence<int, kLanes<T>>{});
       }
     });
     transpose_rounds<2 * S, T>(rows);

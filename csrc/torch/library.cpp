@@ -7,9 +7,8 @@
 #define NATRPB_PATTERN "int[] kernel_size, int[] stride, int[] dilation, int[] kind, int[] shift"
 
 STABLE_TORCH_LIBRARY(natrpb, m) {
-  m.def(
-      "local_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? rpb, " NATRPB_PATTERN
-      ", float scale) -> (Tensor out, Tensor lse)");
+  m.def("local_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? rpb, " NATRPB_PATTERN
+        ", float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "local_attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
       "Tensor lse, " NATRPB_PATTERN ", float scale) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drpb)");

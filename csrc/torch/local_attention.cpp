@@ -61,8 +61,8 @@ struct Call {
   Layout layout;
   Ints spatial;
 
-  Call(const char* name, const Tensor& model, Layout layout_, const Ints& kernel_size, const Ints& stride,
-       const Ints& dilation, const Ints& kind, const Ints& shift)
+  Call(const char* name, const Tensor& model, Layout layout_, const Ints& kernel_size, const Ints& stride, const Ints& dilation,
+       const Ints& kind, const Ints& shift)
       : ndim(static_cast<int64_t>(kernel_size.size())), layout(layout_) {
     STD_TORCH_CHECK(1 <= ndim && ndim <= kAxes, "kernel_size must have 1 to 3 entries, got ", ndim);
     for (const Ints* list : {&stride, &dilation, &kind, &shift}) {
@@ -90,8 +90,8 @@ struct Call {
       STD_TORCH_CHECK(0 <= axis.shift && axis.shift < axis.kernel_size, "shift must be between 0 and window size - 1, got ",
                       axis.shift, " on axis ", i);
       STD_TORCH_CHECK(model.numel() == 0 || window || axis.kernel_size * axis.dilation <= axis.length,
-                      "kernel_size * dilation must not exceed the axis' length, got ", axis.kernel_size, " * ",
-                      axis.dilation, " > ", axis.length, " on axis ", i);
+                      "kernel_size * dilation must not exceed the axis' length, got ", axis.kernel_size, " * ", axis.dilation,
+                      " > ", axis.length, " on axis ", i);
     }
   }
 
@@ -185,9 +185,10 @@ std::tuple<Tensor, Tensor> local_attention_forward(Tensor query, Tensor key, Ten
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> local_attention_backward(
-    Tensor dout, std::optional<Tensor> dlse, Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb, Tensor lse,
-    Ints kernel_size, Ints stride, Ints dilation, Ints kind, Ints shift, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> local_attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor query,
+                                                                    Tensor key, Tensor value, std::optional<Tensor> rpb,
+                                                                    Tensor lse, Ints kernel_size, Ints stride, Ints dilation,
+                                                                    Ints kind, Ints shift, double scale) {
   Call call("query", query, Layout::kHeadsLast, kernel_size, stride, dilation, kind, shift);
   LocalAttentionParams& p = call.params;
   p.head_dim = query.size(query.dim() - 1);
@@ -228,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_attention_backward(
   return {dquery, dkey, dvalue, drpb};
 }
 
-Tensor local_qk(Tensor query, Tensor key, std::optional<Tensor> rpb, Ints kernel_size, Ints stride, Ints dilation,
-                Ints kind, Ints shift, double fill) {
+Tensor local_qk(Tensor query, Tensor key, std::optional<Tensor> rpb, Ints kernel_size, Ints stride, Ints dilation, Ints kind,
+                Ints shift, double fill) {
   Call call("query", query, Layout::kHeadsFirst, kernel_size, stride, dilation, kind, shift);
   LocalAttentionParams& p = call.params;
   p.head_dim = query.size(query.dim() - 1);

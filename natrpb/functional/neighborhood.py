@@ -165,9 +165,7 @@ def _neighborhood_attention(
     if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have query's shape but for heads, {list(query.shape)}, got {list(key.shape)}")
     if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}"
-        )
+        raise ValueError(f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}")
     if query.numel():
         check_fits(pattern, query.shape[1:-2])
     heads, head_dim = query.shape[-2:]
@@ -185,9 +183,7 @@ def _neighborhood_attention(
     if additional_keys is not None:
         additional_keys, additional_values = (share_heads(x, heads) for x in (additional_keys, additional_values))
     if dropout_p > 0:
-        out, lse = _with_dropout(
-            query, key, value, rpb, pattern, float(scale), additional_keys, additional_values, dropout_p
-        )
+        out, lse = _with_dropout(query, key, value, rpb, pattern, float(scale), additional_keys, additional_values, dropout_p)
     else:
         out, lse = ops.local_attention(query, key, value, rpb, pattern, float(scale))
         if additional_keys is not None:

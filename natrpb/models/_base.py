@@ -48,9 +48,7 @@ class ImageModel(nn.Module):
         self.num_features = channels[-1]
         self.num_classes = 0 if features_only else num_classes
         self.features_only = features_only
-        self.feature_info = [
-            {"index": i, "num_chs": channels[i], "reduction": reductions[i]} for i in sorted(set(out_indices))
-        ]
+        self.feature_info = [{"index": i, "num_chs": channels[i], "reduction": reductions[i]} for i in sorted(set(out_indices))]
         if features_only:
             for info in self.feature_info:
                 norm = nn.LayerNorm(info["num_chs"]) if out_norms else nn.Identity()

@@ -37,9 +37,7 @@ def register_with_timm() -> list[str]:
 def _entrypoint(timm_name: str) -> Callable[..., nn.Module]:
     name = timm_name.removeprefix(PREFIX)
 
-    def build(
-        pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **overrides
-    ) -> nn.Module:
+    def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **overrides) -> nn.Module:
         if pretrained and (pretrained_cfg or pretrained_cfg_overlay or cache_dir):
             raise ValueError(
                 f"{timm_name} takes neither pretrained_cfg nor cache_dir; "

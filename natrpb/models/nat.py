@@ -116,9 +116,7 @@ def dinat_large(**overrides) -> NAT:
     return NAT(**(_LARGE | _AT_224 | overrides))
 
 
-@register_model(
-    url=_DINAT_1K + "dinat_large_in22k_in1k_384.pth", hf_id="shi-labs/dinat-large-in22k-in1k-384", input_size=384
-)
+@register_model(url=_DINAT_1K + "dinat_large_in22k_in1k_384.pth", hf_id="shi-labs/dinat-large-in22k-in1k-384", input_size=384)
 def dinat_large_384(**overrides) -> NAT:
     """DiNAT-Large with the dilations of 384x384 images: 89.7 GFLOP, 87.4% ImageNet-1k top-1."""
     return NAT(**(_LARGE | _AT_384 | overrides))

@@ -112,9 +112,7 @@ class _NeighborhoodAttention(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         """Appends zeros to every axis shorter than kernel_size * dilation; these tokens take part in the attention."""
-        missing = [
-            max(k * d - length, 0) for k, d, length in zip(self.kernel_size, self.dilation, x.shape[1:-1], strict=True)
-        ]
+        missing = [max(k * d - length, 0) for k, d, length in zip(self.kernel_size, self.dilation, x.shape[1:-1], strict=True)]
         if not any(missing):
             return x
         widths = [0, 0]  # channels first: F.pad counts axes from the last

@@ -343,6 +343,7 @@ class Test {
     });
   }
   void compare_table(const char* what, const std::vector<typename S::Wide>& got, const Sums& want) const {
+    if (c_.batch == 0) return;  // an empty op writes nothing: the zeros are the caller's
     for (size_t i = 0; i < want.size(); ++i) near(what, got[i], want[i], largest_of(want), Storage<kWide>::kEpsilon);
   }
 

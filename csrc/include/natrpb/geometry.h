@@ -35,7 +35,7 @@ struct Interval {
 
 NATRPB_HD int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 NATRPB_HD int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-NATRPB_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
+NATRPB_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }                       // a >= 0, b > 0
 NATRPB_HD int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }  // b > 0
 
 struct Axis {

@@ -38,20 +38,20 @@ struct LocalAttentionParams {
   DType dtype = DType::kFloat32;
   double scale = 1.0;
 
-  View query;         // [B, h, *, D]
-  View key;           // [B, h, *, D]
-  View value;         // [B, h, *, Dv]
+  View query;                 // [B, h, *, D]
+  View key;                   // [B, h, *, D]
+  View value;                 // [B, h, *, Dv]
   const void* rpb = nullptr;  // [h, 2 K_0 - 1, 2 K_1 - 1, 2 K_2 - 1] contiguous, fp32 (fp64 for fp64), may be nullptr
-  View out;           // [B, h, *, Dv]
-  View lse;           // [B, h, *, 1], fp32 (fp64 for fp64)
-  View attn;          // [B, h, *, K_0 K_1 K_2], unfused ops only
-  double fill = 0.0;  // what local_qk writes where a slot holds no key
+  View out;                   // [B, h, *, Dv]
+  View lse;                   // [B, h, *, 1], fp32 (fp64 for fp64)
+  View attn;                  // [B, h, *, K_0 K_1 K_2], unfused ops only
+  double fill = 0.0;          // what local_qk writes where a slot holds no key
 
-  View dout;          // [B, h, *, Dv]
-  View dlse;          // [B, h, *, 1], fp32 (fp64 for fp64), data may be nullptr
-  View dquery;        // [B, h, *, D]
-  View dkey;          // [B, h, *, D]
-  View dvalue;        // [B, h, *, Dv]
+  View dout;                  // [B, h, *, Dv]
+  View dlse;                  // [B, h, *, 1], fp32 (fp64 for fp64), data may be nullptr
+  View dquery;                // [B, h, *, D]
+  View dkey;                  // [B, h, *, D]
+  View dvalue;                // [B, h, *, Dv]
   void* drpb = nullptr;       // as rpb, may be nullptr
   void* workspace = nullptr;  // see the *_workspace functions, may be nullptr where they return 0
 };
