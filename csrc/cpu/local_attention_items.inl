@@ -168,27 +168,6 @@ struct Worker {
 
   // ---- blocks ----
 
-  Block<T> make_block(int64_t column) const {
-    const Axis& axis = params.axis[2];
-    Block<T> block;
-    block.column = column;
-    block.live = static_cast<int>(min_of(L, item.hi[2] - column));
-    block.full = true;
-    block.bias_base = table2;
-    for (int l = 0; l < L; ++l) {
-      const int64_t p = column + min_of(l, block.live - 1);
-      const Interval keys = axis.keys(p, item.size[2]);
-      block.first[l] = keys.first - item.key_lo[2];
-      block.count[l] = keys.count();
-      block.bias_first[l] = axis.bias_index(p, keys.first);
-      block.full &= block.count[l] == k2;
-      block.bias_base = min_of(block.bias_base, block.bias_first[l]);
-    }
-    block.key_lanes = map_lanes<T>(block.first, block.first[0], block.live);
-    block.bias_lanes = map_lanes<T>(block.bias_first, block.bias_base, block.live);
-    return block;
-  }
-
   KeyRows key_rows_of(int64_t p0, int64_t p1) const {
     const auto relative = [&](int axis, int64_t p) {
       const Interval keys = params.axis[axis].keys(p, item.size[axis]);
@@ -339,7 +318,7 @@ struct Worker {
   template <class Row, class End>
   void for_blocks(Row&& row, End&& column_end) const {
     for (int64_t column = item.lo[2]; column < item.hi[2]; column += L) {
-      const Block<T> block = make_block(column);
+      const Block<T> block = make_block<T>(params.axis[2], column, item.hi[2], item.size[2], item.key_lo[2]);
       for (int64_t p0 = item.lo[0]; p0 < item.hi[0]; ++p0) {
         for (int64_t p1 = item.lo[1]; p1 < item.hi[1]; p1 += kRowTile) {
           const int count = static_cast<int>(min_of(kRowTile, item.hi[1] - p1));
@@ -372,7 +351,7 @@ struct Worker {
             T* p = score + r * slots * L;
             fill_missing(block, rows[r], -kInfinity<T>, p);
             Vec<T> peak = load(p);
-            for (int64_t t = 1; t < slots; ++t) peak = max<Vec<T>>(peak, load(p + t * L));
+            for (int64_t t = 1; t < slots; ++t) peak = max<T>(peak, load(p + t * L));
             peak = peak - peak == T(0) ? peak : Vec<T>{};  // infinite scores: inf - inf would lose lse
             Vec<T> sum{};
             for (int64_t t = 0; t < slots; ++t) {

@@ -140,6 +140,28 @@ struct Block {
   int64_t bias_first[kLanes<T>];  // table column of every lane's slot 0
 };
 
+// The block at query `column` of a group of `size` positions, for queries before `end` and keys from `key_lo` on.
+template <class T>
+Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size, int64_t key_lo) {
+  Block<T> block;
+  block.column = column;
+  block.live = static_cast<int>(min_of(kLanes<T>, end - column));
+  block.full = true;
+  block.bias_base = 2 * axis.kernel_size;
+  for (int l = 0; l < kLanes<T>; ++l) {
+    const int64_t p = column + min_of(l, block.live - 1);
+    const Interval keys = axis.keys(p, size);
+    block.first[l] = keys.first - key_lo;
+    block.count[l] = keys.count();
+    block.bias_first[l] = axis.bias_index(p, keys.first);
+    block.full &= block.count[l] == axis.kernel_size;
+    block.bias_base = min_of(block.bias_base, block.bias_first[l]);
+  }
+  block.key_lanes = map_lanes<T>(block.first, block.first[0], block.live);
+  block.bias_lanes = map_lanes<T>(block.bias_first, block.bias_base, block.live);
+  return block;
+}
+
 struct Kernel {
   int64_t size1, size2;  // K_1, K_2
 };

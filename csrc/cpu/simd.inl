@@ -61,9 +61,21 @@ NATRPB_INLINE V bit_cast(U u) {
   __builtin_memcpy(&v, &u, sizeof v);
   return v;
 }
-template <class V>
-NATRPB_INLINE V max(V a, V b) {
+// a > b ? a : b; compilers make two instructions of that, the processor has one.
+template <class T>
+NATRPB_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_maskz_max_pd(0xff, bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+  }
+#elif defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return bit_cast<Vec<T>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
   return a > b ? a : b;
+#else
+  return a > b ? a : b;
+#endif
 }
 
 // result[l] = v[index[l]]. The intrinsics with an explicit full mask are the ones that GCC 12 does not warn about.

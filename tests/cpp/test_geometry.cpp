@@ -19,9 +19,9 @@ std::string describe(const Axis& axis, int64_t group, const char* what, int64_t 
   const char* kinds[] = {"neighborhood", "causal", "window"};
   return std::string(kinds[static_cast<int>(axis.kind)]) + " L=" + std::to_string(axis.length) +
          " K=" + std::to_string(axis.kernel_size) + " s=" + std::to_string(axis.stride) +
-         " d=" + std::to_string(axis.dilation) + " shift=" + std::to_string(axis.shift) +
-         " group=" + std::to_string(group) + " " + what + " " + std::to_string(index) + ": got [" +
-         std::to_string(got.first) + ", " + std::to_string(got.last) + "]";
+         " d=" + std::to_string(axis.dilation) + " shift=" + std::to_string(axis.shift) + " group=" + std::to_string(group) +
+         " " + what + " " + std::to_string(index) + ": got [" + std::to_string(got.first) + ", " + std::to_string(got.last) +
+         "]";
 }
 
 // Whether query p sees key k among `size` positions, from the words of the definition and not from its closed form.
@@ -60,14 +60,11 @@ void check_axis(const Axis& axis) {
       check(0 <= keys.first && keys.last < size && keys.contains(p),
             [&] { return describe(axis, group, "bounds of the keys of query", p, keys); });
       for (int64_t k = 0; k < size; ++k) {
-        check(keys.contains(k) == sees(axis, p, k, size),
-              [&] { return describe(axis, group, "keys of query", p, keys); });
+        check(keys.contains(k) == sees(axis, p, k, size), [&] { return describe(axis, group, "keys of query", p, keys); });
         const Interval queries = axis.queries(k, size);
-        check(queries.contains(p) == keys.contains(k),
-              [&] { return describe(axis, group, "queries of key", k, queries); });
+        check(queries.contains(p) == keys.contains(k), [&] { return describe(axis, group, "queries of key", k, queries); });
         const int64_t bias = axis.bias_index(p, k);
-        check(!keys.contains(k) ||
-                  (0 <= bias && bias <= 2 * axis.kernel_size - 2 && bias == k - p + axis.kernel_size - 1),
+        check(!keys.contains(k) || (0 <= bias && bias <= 2 * axis.kernel_size - 2 && bias == k - p + axis.kernel_size - 1),
               [&] { return describe(axis, group, "bias index of query", p, {bias, bias}); });
       }
     }

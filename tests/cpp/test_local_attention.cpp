@@ -134,13 +134,13 @@ struct Buffer {
   }
 };
 
-// Calls body(position, flat index) for every position of the case's grid.
+// Calls body(position) for every position of the case's grid.
 template <class F>
 void each_position(const Case& c, F body) {
-  int64_t p[kAxes], flat = 0;
+  int64_t p[kAxes];
   for (p[0] = 0; p[0] < c.axis[0].length; ++p[0]) {
     for (p[1] = 0; p[1] < c.axis[1].length; ++p[1]) {
-      for (p[2] = 0; p[2] < c.axis[2].length; ++p[2]) body(p, flat++);
+      for (p[2] = 0; p[2] < c.axis[2].length; ++p[2]) body(p);
     }
   }
 }
@@ -301,7 +301,7 @@ class Test {
   template <class F>
   void each_query(F body) const {
     for (int64_t b = 0; b < c_.batch; ++b) {
-      for (int64_t h = 0; h < c_.heads; ++h) each_position(c_, [&](const int64_t* q, int64_t) { body(b, h, q); });
+      for (int64_t h = 0; h < c_.heads; ++h) each_position(c_, [&](const int64_t* q) { body(b, h, q); });
     }
   }
 
@@ -324,9 +324,8 @@ class Test {
   }
 
   void near(const char* what, double got, double want, double largest, double epsilon) const {
-    natrpb::test::check(std::fabs(got - want) <= 20 * epsilon * (1 + largest), [&] {
-      return where(what) + ": expected " + std::to_string(want) + ", got " + std::to_string(got);
-    });
+    natrpb::test::check(std::fabs(got - want) <= 20 * epsilon * (1 + largest),
+                        [&] { return where(what) + ": expected " + std::to_string(want) + ", got " + std::to_string(got); });
   }
   static double largest_of(const Sums& want) {
     double largest = 0;
@@ -352,8 +351,8 @@ class Test {
   int64_t positions_ = c_.positions(), slots_ = c_.slots(), table_ = c_.table();
   std::mt19937 random_{7};
   LocalAttentionParams params_;
-  Tensor query_{c_, c_.head_dim, heads_last_}, key_{c_, c_.head_dim, heads_last_},
-      value_{c_, c_.value_dim, heads_last_}, dout_{c_, c_.value_dim, heads_last_}, weights_{c_, slots_, heads_last_};
+  Tensor query_{c_, c_.head_dim, heads_last_}, key_{c_, c_.head_dim, heads_last_}, value_{c_, c_.value_dim, heads_last_},
+      dout_{c_, c_.value_dim, heads_last_}, weights_{c_, slots_, heads_last_};
   WideTensor dlse_{c_, 1, heads_last_};
   std::vector<typename S::Wide> rpb_ = std::vector<typename S::Wide>(c_.heads * table_);
 };
