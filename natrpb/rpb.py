@@ -112,21 +112,72 @@ def resize(rpb: Tensor, kernel_size, mode: str = "bicubic", align_corners: bool 
     Args:
         rpb: [heads, 2 K_0 - 1, 2 K_1 - 1], either convention.
         kernel_size: new K per axis, or one for both.
-        mode: "bicubic", as the official Swin and NAT code resize, or "bilinear".
-        align_corners: see `torch.nn.functional.interpolate`.
+        mode: "bicubic", as the official Swin and NAT code resize, "bilinear", or "geometric": linear interpolation
+            between entries taken to lie at distances 1, 1 + q, 1 + q + q^2, ... from the centre, q chosen so that the
+            outermost entries stay outermost, as BEiT's code and timm resize. An axis that keeps its size is not touched.
+        align_corners: see `torch.nn.functional.interpolate`; not for "geometric".
 
     Returns:
         [heads, 2 K'_0 - 1, 2 K'_1 - 1] in rpb's dtype; differentiable.
+
+    Raises:
+        ValueError: another shape or mode.
     """
     if rpb.dim() != 3:
         raise ValueError(f"rpb must have shape [heads, 2 K_0 - 1, 2 K_1 - 1], got {list(rpb.shape)}")
-    if mode not in ("bicubic", "bilinear"):
-        raise ValueError(f"mode must be 'bicubic' or 'bilinear', got {mode!r}")
+    if mode not in ("bicubic", "bilinear", "geometric"):
+        raise ValueError(f"mode must be 'bicubic', 'bilinear' or 'geometric', got {mode!r}")
+    if align_corners and mode == "geometric":
+        raise ValueError("align_corners is not defined for mode 'geometric'")
     size = tuple(2 * k - 1 for k in per_axis("kernel_size", kernel_size, 2))
     if tuple(rpb.shape[1:]) == size:
         return rpb
     compute = rpb.to(torch.promote_types(rpb.dtype, torch.float32))
+    if mode == "geometric":
+        rows, columns = (_geometric_weights(old, new, compute) for old, new in zip(rpb.shape[1:], size))
+        return (rows @ compute @ columns.t()).to(rpb.dtype)
     return F.interpolate(compute[None], size=size, mode=mode, align_corners=align_corners)[0].to(rpb.dtype)
+
+
+def _geometric_weights(old: int, new: int, like: Tensor) -> Tensor:
+    """[new, old], the linear interpolation along one axis from `old` entries in geometric progression to `new` even ones."""
+    if old == new:
+        return torch.eye(old, dtype=like.dtype, device=like.device)
+    half = old // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        reach = (1 - ratio**half) / (1 - ratio)  # 1 + ratio + ... + ratio^(half - 1)
+        low, high = (low, ratio) if reach > new // 2 else (ratio, high)
+    distances = torch.cumsum(ratio ** torch.arange(half, dtype=torch.float64), 0)
+    known = torch.cat([-distances.flip(0), distances.new_zeros(1), distances])
+    wanted = torch.arange(new, dtype=torch.float64) - new // 2
+    wanted = wanted.clamp(known[0], known[-1])
+    right = torch.searchsorted(known, wanted).clamp(min(1, half), old - 1)
+    left = (right - 1).clamp(min=0)
+    share = (wanted - known[left]) / (known[right] - known[left]).clamp(min=1)  # gaps are at least 1; 0 / 1 for one entry
+    weights = torch.zeros(new, old, dtype=torch.float64)
+    weights.scatter_add_(1, left[:, None], 1 - share[:, None])
+    weights.scatter_add_(1, right[:, None], share[:, None])
+    return weights.to(like)
+
+
+def resize_swin(table: Tensor, window_size, old_window_size=None, mode: str = "bicubic") -> Tensor:
+    """`resize` for a table in the layout of Swin's checkpoints.
+
+    Args:
+        table: [(2 W_0 - 1) * (2 W_1 - 1), heads].
+        window_size: new W per axis, or one for both.
+        old_window_size: W of the table; None for a square window.
+        mode: see `resize`.
+
+    Returns:
+        [(2 W'_0 - 1) * (2 W'_1 - 1), heads] in table's dtype; differentiable.
+
+    Raises:
+        ValueError: the rows do not match the window, or another mode.
+    """
+    return nat_to_swin(resize(swin_to_nat(table, old_window_size), window_size, mode))
 
 
 def log_spaced_coords(window_size: int | Sequence[int], pretrained_window_size: int | Sequence[int] = 0) -> Tensor:
@@ -137,10 +188,11 @@ def log_spaced_coords(window_size: int | Sequence[int], pretrained_window_size: 
         pretrained_window_size: the window that the coordinates are relative to, 0 for window_size itself.
 
     Returns:
-        fp32 [2 W_0 - 1, 2 W_1 - 1, 2], in Swin's order (query minus key).
+        fp32 [2 W_0 - 1, 2 W_1 - 1, 2], in Swin's order (query minus key); for n axes [2 W_0 - 1, ..., n].
     """
-    window = per_axis("window_size", window_size, 2)
-    pretrained = per_axis("pretrained_window_size", pretrained_window_size, 2)
+    ndim = 2 if isinstance(window_size, int) else len(window_size)
+    window = per_axis("window_size", window_size, ndim)
+    pretrained = per_axis("pretrained_window_size", pretrained_window_size, ndim)
     axes = []
     for w, p in zip(window, pretrained):
         steps = torch.arange(1 - w, w, dtype=torch.float32)

@@ -118,7 +118,7 @@ Status run(const LocalAttentionParams& params, Op op, ParallelFor parallel_for) 
     for (int64_t item = begin; item < end; ++item) kernels().run_item(params, plan, op, item, scratch);
   });
   if (out_of_memory) return Status::error("out of memory: a thread needs " + std::to_string(bytes) + " bytes of scratch");
-  if ((needs.dkey || needs.dvalue) && plan.boxes_total > 1) merge_all_keys(params, plan, op, bytes, parallel_for);
+  if ((needs.dkey || needs.dvalue) && plan.keys_shared) merge_all_keys(params, plan, op, bytes, parallel_for);
   if (needs.dbias) {
     const int64_t elements = kernels().workspace_elements(params, plan, op);
     params.dtype == DType::kFloat64 ? merge_bias<double>(params, plan, elements) : merge_bias<float>(params, plan, elements);

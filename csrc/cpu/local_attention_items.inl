@@ -51,7 +51,7 @@ struct Worker {
     value_columns = take(needs.dscores, rows * value_depth * column_pitch);
     key_rows.data = take(needs.key_rows, keys * key_pitch);
     value_rows.data = take(needs.value_rows, keys * value_pitch);
-    const bool shared = plan.boxes_total > 1;  // sums that cross items lie in the workspace
+    const bool shared = plan.keys_shared;  // sums that cross items lie in the workspace
     dkey_rows.data = take(needs.dkey && !shared, keys * key_pitch);
     dvalue_rows.data = take(needs.dvalue && !shared, keys * value_pitch);
     query_columns = take(needs.scores, kRowTile * depth * L);
@@ -143,7 +143,7 @@ struct Worker {
   bool begin(int64_t index) {
     item = locate(params, plan, index);
     T* shared = static_cast<T*>(params.workspace) + index * workspace_elements(params, plan, needs);
-    if (plan.boxes_total > 1) {
+    if (plan.keys_shared) {
       if (needs.dkey) dkey_rows.data = shared;
       if (needs.dvalue) dvalue_rows.data = shared + (needs.dkey ? plan.keys_max * key_pitch : 0);
     }
@@ -161,7 +161,7 @@ struct Worker {
   }
   // Elements of workspace per item: its sums over keys and its bias table.
   static int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, const Needs& needs) {
-    const bool shared = plan.boxes_total > 1;
+    const bool shared = plan.keys_shared;
     return (needs.dkey && shared ? plan.keys_max * padded(params.head_dim) : 0) +
            (needs.dvalue && shared ? plan.keys_max * padded(params.value_dim) : 0) + (needs.dbias ? plan.table : 0);
   }
@@ -471,19 +471,20 @@ struct Worker {
     clear(dbias, plan.table / table2 * k2 * L);
     return part;
   }
-  // An item that is a whole residue group owns its keys and writes them; otherwise merge_keys does.
+  // An item whose keys no other box needs writes them; otherwise merge_keys does.
   void store_keys() const {
-    if (plan.boxes_total > 1) return;
+    if (plan.keys_shared) return;
     for_key_rows([&](int64_t r0, int64_t r1) {
-      if (needs.dkey) store_key_row(params.dkey, r0, r1, dkey_rows.at(r0, r1, 0), depth, static_cast<T>(params.scale));
-      if (needs.dvalue) store_key_row(params.dvalue, r0, r1, dvalue_rows.at(r0, r1, 0), value_depth, T(1));
+      const auto write = [&](const View& view, const Rows<T>& rows, int64_t channels, T factor) {
+        S* to = row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]);
+        store_rows(rows.at(r0, r1, 0), item.key_n[2], channels, factor, to, column_step(view));
+      };
+      if (needs.dkey) write(params.dkey, dkey_rows, depth, static_cast<T>(params.scale));
+      if (needs.dvalue) write(params.dvalue, dvalue_rows, value_depth, T(1));
     });
   }
-  void store_key_row(const View& view, int64_t k0, int64_t k1, const T* from, int64_t channels, T factor) const {
-    S* to = row_start(view, k0, k1, 0);
-    for (int64_t column = 0; column < item.size[2]; ++column, from += padded(channels), to += column_step(view)) {
-      store_row(from, channels, splat(factor), to);
-    }
+  static void store_rows(const T* from, int64_t count, int64_t channels, T factor, S* to, int64_t step) {
+    for (int64_t i = 0; i < count; ++i, from += padded(channels), to += step) store_row(from, channels, splat(factor), to);
   }
   // Sums one key row of a residue group over all boxes that saw it, in the order of the boxes.
   void merge_keys(const Item* parts, int64_t k0, int64_t k1) {
@@ -501,7 +502,7 @@ struct Worker {
         T* to = result_tile + part.key_lo[2] * pitch;
         for (int64_t i = 0; i < part.key_n[2] * pitch; i += L) store(to + i, load(to + i) + load(from + i));
       }
-      store_key_row(view, k0, k1, result_tile, channels, factor);
+      store_rows(result_tile, item.size[2], channels, factor, row_start(view, k0, k1, 0), column_step(view));
     };
     if (needs.dkey) merge(params.dkey, 0, depth, static_cast<T>(params.scale));
     if (needs.dvalue) merge(params.dvalue, needs.dkey ? plan.keys_max * key_pitch : 0, value_depth, T(1));

@@ -217,28 +217,32 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
   }
 }
 
-// Calls tile(Const<queries>, Const<reach>, lane) for groups of neighboring lanes that for_columns can walk.
+// Calls tile(Const<queries>, Const<reach>, lane) for groups of up to four neighboring lanes that for_columns can walk.
 template <class T, class F>
 NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F&& tile) {
   constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4;
   constexpr Const<static_cast<int>(Reach::kConsecutive)> consecutive;
   constexpr Const<static_cast<int>(Reach::kSame)> same;
-  int64_t lane = 0;
-  for (; lane + kQueries <= block.live; lane += kQueries) {
-    bool is_consecutive = kernel_size >= kQueries, is_same = true;
-    for (int i = 0; i < kQueries; ++i) {
-      is_consecutive &= block.first[lane + i] == block.first[lane] + i && block.count[lane + i] == kernel_size;
-      is_same &= block.first[lane + i] == block.first[lane] && block.count[lane + i] == block.count[lane];
+  for (int64_t lane = 0; lane < block.live;) {
+    const int64_t left = min_of(kQueries, block.live - lane);
+    int64_t steady = 0, equal = 0;  // lanes from `lane` on whose intervals move by one, or stay
+    while (steady < left && block.first[lane + steady] == block.first[lane] + steady &&
+           block.count[lane + steady] == kernel_size) {
+      ++steady;
     }
-    if (is_consecutive) {
+    while (equal < left && block.first[lane + equal] == block.first[lane] && block.count[lane + equal] == block.count[lane]) {
+      ++equal;
+    }
+    if (steady == kQueries && kernel_size >= kQueries) {
       tile(Const<kQueries>{}, consecutive, lane);
-    } else if (is_same) {
-      tile(Const<kQueries>{}, same, lane);
+      lane += kQueries;
     } else {
-      for (int i = 0; i < kQueries; ++i) tile(Const<1>{}, same, lane + i);
+      unroll<kQueries>([&](auto i) NATRPB_LAMBDA {
+        if (equal == decltype(i)::value + 1) tile(Const<decltype(i)::value + 1>{}, same, lane);
+      });
+      lane += equal;
     }
   }
-  for (; lane < block.live; ++lane) tile(Const<1>{}, same, lane);
 }
 
 // Calls row(first slot of the key row, k0, k1) for every key row that a query row sees.

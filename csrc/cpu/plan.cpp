@@ -12,9 +12,20 @@ constexpr double kHaloAllowed = 1.5;
 // Axis 2 is cut in multiples of the widest vector's lanes.
 constexpr int64_t kColumnUnit = 16;
 
+bool is_window(const Axis& axis) { return axis.kind == AxisKind::kWindow; }
+
+// Boxes of windowed axes start where windows start, so that no key belongs to two boxes.
+int64_t box_offset(const Axis& axis) { return is_window(axis) && axis.shift > 0 ? axis.kernel_size - axis.shift : 0; }
+
 int64_t key_extent(const Axis& axis, int64_t box, int64_t group_length) {
-  const int64_t halo = axis.kind == AxisKind::kWindow ? 2 * (axis.kernel_size - 1) : axis.kernel_size - 1 + axis.stride - 1;
+  const int64_t halo = is_window(axis) ? 0 : axis.kernel_size - 1 + axis.stride - 1;
   return min_of(box + halo, group_length);
+}
+
+// Box sizes are multiples of this, and no box smaller than twice `least` is cut.
+int64_t box_unit(const Axis& axis, bool columns) { return is_window(axis) ? axis.kernel_size : columns ? kColumnUnit : 1; }
+int64_t least_box(const Axis& axis, bool columns) {
+  return is_window(axis) ? axis.kernel_size : max_of(2 * axis.kernel_size, columns ? kColumnUnit : 1);
 }
 
 }  // namespace
@@ -28,31 +39,32 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
     plan.groups_total *= plan.groups[a];
     plan.slots *= axis.kernel_size;
     plan.table *= 2 * axis.kernel_size - 1;
-    plan.box_size[a] = axis.group_length(0);
+    plan.box_size[a] = axis.group_length(0) + box_offset(axis);
   }
   const auto measure = [&] {
     plan.boxes_total = plan.keys_max = 1;
+    plan.keys_shared = false;
     for (int a = 0; a < kAxes; ++a) {
       const int64_t longest = params.axis[a].group_length(0);
-      plan.boxes[a] = ceil_div(longest, plan.box_size[a]);
+      plan.boxes[a] = ceil_div(longest + box_offset(params.axis[a]), plan.box_size[a]);
       plan.key_size[a] = key_extent(params.axis[a], plan.box_size[a], longest);
+      plan.keys_shared |= plan.boxes[a] > 1 && !is_window(params.axis[a]);
       plan.boxes_total *= plan.boxes[a];
       plan.keys_max *= plan.key_size[a];
     }
     plan.items = params.batch * params.heads * plan.groups_total * plan.boxes_total;
   };
   measure();
-  plan.row_max = plan.box_size[2];
+  plan.row_max = params.axis[2].group_length(0);
   // Halve the outermost axis that is still long beside its kernel, until items are small and many enough.
   while (plan.items < kItemsWanted || plan.keys_max * channels > kScratchElements) {
     const Plan before = plan;
     int cut = -1;
     for (int a = 0; a < kAxes && cut < 0; ++a) {
-      const int64_t unit = a == kAxes - 1 ? kColumnUnit : 1;
-      if (plan.box_size[a] >= 2 * max_of(2 * params.axis[a].kernel_size, unit)) cut = a;
+      if (plan.box_size[a] >= 2 * least_box(params.axis[a], a == kAxes - 1)) cut = a;
     }
     if (cut < 0) break;
-    const int64_t unit = cut == kAxes - 1 ? kColumnUnit : 1;
+    const int64_t unit = box_unit(params.axis[cut], cut == kAxes - 1);
     plan.box_size[cut] = ceil_div(ceil_div(plan.box_size[cut], 2), unit) * unit;
     measure();
     const int64_t queries = plan.box_size[0] * plan.box_size[1] * plan.box_size[2];
@@ -80,8 +92,9 @@ Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index)
   for (int a = 0; a < kAxes; ++a) {
     const Axis& axis = params.axis[a];
     item.size[a] = axis.group_length(item.group[a]);
-    item.lo[a] = box[a] * plan.box_size[a];
-    item.hi[a] = min_of(item.lo[a] + plan.box_size[a], item.size[a]);
+    const int64_t start = box[a] * plan.box_size[a] - box_offset(axis);
+    item.lo[a] = max_of(start, 0);
+    item.hi[a] = min_of(start + plan.box_size[a], item.size[a]);
     if (item.lo[a] >= item.hi[a]) {
       item.empty = true;
       return item;

@@ -19,6 +19,7 @@ struct Plan {
   int64_t key_size[kAxes];  // most keys that a box needs per axis
   int64_t groups_total;
   int64_t boxes_total;  // per residue group
+  bool keys_shared;         // some keys are needed by several boxes
   int64_t items;
   int64_t keys_max;  // product of key_size
   int64_t slots;     // K_0 K_1 K_2

@@ -1,0 +1,1 @@
+"""Times natrpb beside what people use without it; see docs/benchmarks.md, or `python -m benchmarks --help`."""

@@ -1,0 +1,104 @@
+"""What is timed: every workload of the suite, by group, and who else is asked to do it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tests.cases import NAT_STAGES, Case
+
+from .harness import Problem, Workload
+from .models import model_workloads
+from .problems import block_problem, neighborhood_problem, unfused_problem, window_problem
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FIRST_STAGE = NAT_STAGES[0]  # [1, 56, 56, 2, 32], K = 7
+STAGES = [FIRST_STAGE, replace(FIRST_STAGE, batch=8), *NAT_STAGES[1:3]]
+FAR = Case((56, 56), 13, heads=4, head_dim=32)
+LENGTHS = [Case((4096,), k, head_dim=32) for k in (7, 31, 127)]
+VOLUMES = [Case((8, 28, 28), k, head_dim=32) for k in (3, 5, 7)]
+DILATED = [replace(FIRST_STAGE, dilation=d) for d in (2, 8)]
+CAUSAL = [replace(FIRST_STAGE, is_causal=True), Case((4096,), 31, is_causal=True, head_dim=32)]
+HEAD_DIMS = [replace(FIRST_STAGE, head_dim=head_dim) for head_dim in (16, 24, 64, 128)]
+WINDOWS = [Case((56, 56), 7, shift=shift, batch=8, heads=3, head_dim=32) for shift in (0, 3)]
+
+EAGER = ("gather", "unfold", "SDPA", "NATTEN")
+ALL = ("gather", "unfold", "SDPA", "torch.compile", "FlexAttention", "NATTEN")  # the compiled ones take seconds to set up
+FEW = ("gather", "SDPA")
+
+
+def workload(
+    group: str, case: Case, make: Callable[..., Problem], train: bool, dtype: str = "fp32", what: str = "", **options
+) -> Workload:
+    """A workload with a readable, unique name; `make` takes (case, dtype, train, **options)."""
+    name = f"{what}{case} {dtype} {'forward+backward' if train else 'forward'}"
+    sweep = options.pop("sweep", (None, None))
+    return Workload(name, group, functools.partial(_seeded, make, case, DTYPES[dtype], train, **options), *sweep)
+
+
+def _seeded(make: Callable[..., Problem], *arguments, **options) -> Problem:
+    torch.manual_seed(0)
+    return make(*arguments, **options)
+
+
+def neighborhoods(group: str, cases: list[Case], wanted, modes=(False, True), dtype: str = "fp32", **options) -> list[Workload]:
+    make = neighborhood_problem
+    return [workload(group, case, make, train, dtype, wanted=wanted, **options) for case in cases for train in modes]
+
+
+def sweep(quantity: str, cases: dict[int, Case]) -> list[Workload]:
+    """One scaling plot: our time alone, against x."""
+    return [
+        workload("Scaling", case, neighborhood_problem, False, what=f"{quantity} ", wanted=(), sweep=(quantity, float(x)))
+        for x, case in cases.items()
+    ]
+
+
+def all_workloads() -> list[Workload]:
+    """Everything, in the order of the report."""
+    two = "Neighborhood attention, two axes"
+    window = "Windows 7x7"
+    return [
+        *neighborhoods(two, STAGES[:1], ALL),
+        *neighborhoods(two, STAGES[1:], EAGER),
+        *neighborhoods(two, [FAR], (*FEW, "FlexAttention"), modes=(False,)),
+        *neighborhoods(two, [FAR], FEW, modes=(True,)),
+        *neighborhoods(two, STAGES[:2], FEW, modes=(False,), dtype="bf16"),
+        *neighborhoods(two, STAGES[:1], (), what="qkv slices: ", packed=True),
+        *neighborhoods("One axis", LENGTHS, FEW),
+        *neighborhoods("Three axes", VOLUMES, FEW),
+        *neighborhoods("Dilated", DILATED, FEW),
+        *neighborhoods("Causal", CAUSAL, FEW),
+        *neighborhoods("Head dimensions", HEAD_DIMS, FEW),
+        *[
+            workload("Unfused", FIRST_STAGE, unfused_problem, train, what=f"{which} ", which=which)
+            for which in ("qk", "av")
+            for train in (False, True)
+        ],
+        *[workload(window, case, window_problem, train) for case in WINDOWS for train in (False, True)],
+        *[workload(window, case, window_problem, False, dtype="bf16") for case in WINDOWS],
+        *[workload("Window blocks, with projections", WINDOWS[1], block_problem, train, what="block ") for train in (False, True)],
+        *model_workloads(),
+        *sweep("map side", {n: Case((n, n), 7, head_dim=32) for n in (7, 14, 28, 56, 112)}),
+        *sweep("kernel size", {k: Case((56, 56), k, head_dim=32) for k in (3, 5, 7, 9, 13, 21)}),
+        *sweep("dilation", {d: replace(FIRST_STAGE, dilation=d) for d in (1, 2, 4, 8)}),
+        *sweep("heads", {h: Case((28, 28), 7, heads=h, head_dim=32) for h in (1, 2, 4, 8, 16)}),
+        *sweep("batch", {b: Case((28, 28), 7, batch=b, heads=4, head_dim=32) for b in (1, 2, 4, 8, 16)}),
+    ]
+
+
+QUICK = (
+    FIRST_STAGE,
+    Case((14, 14), 7, heads=8, head_dim=32),
+)
+
+
+def quick_workloads() -> list[Workload]:
+    """A minute's worth, without anything that has to be compiled first."""
+    return [
+        *neighborhoods("Neighborhood attention, two axes", list(QUICK), EAGER),
+        *[workload("Windows 7x7", WINDOWS[1], window_problem, train) for train in (False, True)],
+    ]

@@ -1,0 +1,107 @@
+"""The machine that a result belongs to: its description, its measured limits, and the versions of the software."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import torch
+
+import natrpb
+from natrpb import _ext
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "numpy", "natten", "timm")
+STREAM_FLOATS = 1 << 24  # 64 MiB an array and thread, beyond the caches
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def caches() -> dict[str, str]:
+    """Size of every level that the first core sees, as in {"L1d": "48K", "L2": "1024K"}."""
+    sizes = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        sizes[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return sizes
+
+
+def describe() -> dict:
+    """The processor, without anything that identifies the single machine."""
+    return {
+        "device": "cpu",
+        "name": cpu_model(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "caches": caches(),
+        "isa": natrpb.info()["isa"],
+        "isa_available": natrpb.info()["isa_available"],
+        "load_before": round(os.getloadavg()[0], 2),  # processes that wanted to run in the last minute
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "natrpb": natrpb.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    build = natrpb.info()["build"]
+    return found | ({"compiler": build["compiler"]} if build else {})
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "+" where tracked files differ from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def slug(machine: dict) -> str:
+    """A file name for results, as in intel-xeon-2c-avx512."""
+    words = re.sub(r"\(r\)|\(tm\)|cpu|processor", " ", machine["name"].lower())
+    return "-".join([*re.findall(r"[a-z0-9.]+", words), f"{machine['cores']}c", machine["isa"] or "none"])
+
+
+def together(measure: Callable[[], float], threads: int) -> float:
+    """The sum of what `threads` threads measure at the same time."""
+    barrier = Barrier(threads)
+
+    def run(_: int) -> float:
+        barrier.wait()
+        return measure()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(run, range(threads)))
+
+
+def yardsticks(threads: int, seconds: float = 0.3) -> dict[str, float]:
+    """The limits of `threads` threads at once: fp32 GFLOP/s of multiply-adds in registers, GB/s of copy and triad."""
+    core = _ext.core
+    streams = [functools.partial(core.stream_gbytes, triad, STREAM_FLOATS, seconds) for triad in (False, True)]
+    torch.set_num_threads(threads)
+    return {
+        "fma_gflops": together(functools.partial(core.fma_gflops, seconds), threads),
+        "copy_gbytes": together(streams[0], threads),
+        "triad_gbytes": together(streams[1], threads),
+    }

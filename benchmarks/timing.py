@@ -1,0 +1,129 @@
+"""Interleaved timing: samples, which of them count, and their median and minimum."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+SAMPLE_SECONDS = 0.002  # short calls are repeated to last this long
+MAX_SAMPLES = 60
+LONG_CALL = 0.5  # seconds; calls this long get by with fewer samples
+FAR_ABOVE = 2.0  # times the minimum: disturbed, whatever the cause
+SWITCHED_ABOVE = 1.1  # times the minimum, with the processor taken away meanwhile: disturbed
+
+
+class Sample(NamedTuple):
+    seconds: float  # of one call
+    switches: int  # involuntary context switches of the process meanwhile
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is reported of one contender; times in seconds of one call."""
+
+    median: float  # of the samples that count
+    minimum: float
+    median_of_all: float  # with the disturbed samples
+    samples: int
+    rejected: int
+    calls: int  # in one sample
+    peak_bytes: int | None = None  # growth of the resident memory during one call
+
+
+def is_disturbed(sample: Sample, minimum: float) -> bool:
+    """Whether something else ran meanwhile: far above the minimum, or above it with involuntary context switches."""
+    limit = SWITCHED_ABOVE if sample.switches else FAR_ABOVE
+    return sample.seconds > limit * minimum
+
+
+def summarize(samples: list[Sample], calls: int = 1, peak_bytes: int | None = None) -> Timing:
+    """Median and minimum of the samples that are not disturbed; the minimum itself always counts."""
+    minimum = min(sample.seconds for sample in samples)
+    kept = [sample.seconds for sample in samples if not is_disturbed(sample, minimum)]
+    return Timing(
+        median=statistics.median(kept),
+        minimum=minimum,
+        median_of_all=statistics.median(sample.seconds for sample in samples),
+        samples=len(samples),
+        rejected=len(samples) - len(kept),
+        calls=calls,
+        peak_bytes=peak_bytes,
+    )
+
+
+def involuntary_switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def take_sample(call: Callable[[], object], calls: int = 1) -> Sample:
+    """Times `calls` calls together; where they are repeated, an untimed one goes first and brings the caches back."""
+    if calls > 1:
+        call()
+    switches, start = involuntary_switches(), time.perf_counter()
+    for _ in range(calls):
+        call()
+    seconds = time.perf_counter() - start
+    return Sample(seconds / calls, involuntary_switches() - switches)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    peaks: Mapping[str, int | None] | None = None,
+    sample: Callable[[Callable[[], object], int], Sample] = take_sample,
+) -> dict[str, Timing]:
+    """Times all calls in rounds: every round runs each of them, fast ones several times.
+
+    Args:
+        calls: by name; each must have run before, so that nothing is set up or compiled any more.
+        budget: seconds for all together. Every contender gets an equal share, but at least three samples (two where one
+            call takes longer than `LONG_CALL`), and at most `MAX_SAMPLES`.
+        peaks: peak memory by name, to be reported along.
+        sample: takes one sample; tests replace it.
+    """
+    once = {name: sample(call, 1).seconds for name, call in calls.items()}
+    repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / seconds)) for name, seconds in once.items()}
+    lasting = {name: seconds * repeats[name] for name, seconds in once.items()}
+    slowest, share = max(lasting.values()), budget / len(calls)
+    per_round = {name: max(1, min(10, int(slowest / seconds))) for name, seconds in lasting.items()}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+
+    def wants_more(name: str) -> bool:
+        needed = 2 if once[name] > LONG_CALL else 3
+        return len(samples[name]) < needed or (spent[name] < share and len(samples[name]) < MAX_SAMPLES)
+
+    while waiting := [name for name in calls if wants_more(name)]:
+        for name in waiting:
+            for _ in range(per_round[name]):
+                samples[name].append(sample(calls[name], repeats[name]))
+                spent[name] += samples[name][-1].seconds * (repeats[name] + (repeats[name] > 1))
+    return {name: summarize(samples[name], repeats[name], (peaks or {}).get(name)) for name in calls}
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes by which the process' resident memory rises at most during a call; None where Linux does not tell.
+
+    Results included, buffers that a library keeps from earlier calls not.
+    """
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def resident(field: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+        return int(line.split()[1]) * 1024
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide what the call takes
+        reset.write_text("5")  # sets the high-water mark back to the present size
+    except (OSError, AttributeError):
+        return None
+    before = resident("VmRSS")
+    call()
+    return max(0, resident("VmHWM") - before)
