@@ -80,7 +80,10 @@ def all_workloads() -> list[Workload]:
         ],
         *[workload(window, case, window_problem, train) for case in WINDOWS for train in (False, True)],
         *[workload(window, case, window_problem, False, dtype="bf16") for case in WINDOWS],
-        *[workload("Window blocks, with projections", WINDOWS[1], block_problem, train, what="block ") for train in (False, True)],
+        *[
+            workload("Window blocks, with projections", WINDOWS[1], block_problem, train, what="block ")
+            for train in (False, True)
+        ],
         *model_workloads(),
         *sweep("map side", {n: Case((n, n), 7, head_dim=32) for n in (7, 14, 28, 56, 112)}),
         *sweep("kernel size", {k: Case((56, 56), k, head_dim=32) for k in (3, 5, 7, 9, 13, 21)}),

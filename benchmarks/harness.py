@@ -62,7 +62,7 @@ class Problem:
         flops: multiply-adds that the result needs, counted twice.
         bytes: what must be read and written at least.
         tolerance: largest relative error allowed.
-        attention_share: of our function, the part of its time that is spent in the library's ops; None where it is nothing else.
+        attention_share: the part of our time that is spent in the library's ops; None where it is nothing else.
     """
 
     tensors: Tensors

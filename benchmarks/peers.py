@@ -134,9 +134,7 @@ def unfold(case: Case) -> Contender:
         kernel_size, stride, dilation, kind, _ = case.pattern
         if set(stride + dilation) != {1} or set(kind) != {NEIGHBORHOOD}:
             raise Unavailable("sliding windows have no stride, dilation or causality")
-        firsts = [
-            (torch.arange(length) - k // 2).clamp(min=0, max=length - k) for length, k in zip(case.spatial, kernel_size)
-        ]
+        firsts = [(torch.arange(length) - k // 2).clamp(min=0, max=length - k) for length, k in zip(case.spatial, kernel_size)]
         _, relative, _ = pattern_index(case.pattern, case.spatial)
         scale = case.head_dim**-0.5
 
@@ -187,19 +185,22 @@ def flex(case: Case, train: bool) -> Contender:
 
         mask = create_block_mask(mask_mod, None, None, positions, positions, device="cpu")
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
-            table = rpb.flatten(1)
-
+        @functools.partial(torch.compile, dynamic=False)
+        def flat_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
             def score_mod(score, b, h, i, j):
                 index = torch.zeros_like(i)
                 for (_, relative), k in zip(offsets(i, j), kernel_size):
                     index = index * (2 * k - 1) + (relative + k - 1).clamp(min=0, max=2 * k - 2)
                 return score + table[h, index]
 
-            flat = (x.flatten(2, -2) for x in (query, key, value))
-            return flex_attention(*flat, score_mod=score_mod, block_mask=mask).unflatten(2, case.spatial)
+            return flex_attention(query, key, value, score_mod=score_mod, block_mask=mask)
 
-        return torch.compile(attend, dynamic=False)
+        def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+            # NB: torch 2.13 fails to lower views of flex_attention's inputs inside the graph on a CPU.
+            flat = (x.flatten(2, -2) for x in (query, key, value))
+            return flat_attention(*flat, rpb.flatten(1)).unflatten(2, case.spatial)
+
+        return attend
 
     return Contender("FlexAttention", build, HEADS_FIRST)
 

@@ -16,7 +16,6 @@ from . import peers, windows
 from .harness import AS_IS, OURS, TOLERANCE, Contender, Layout, Problem, Tensors, autograd_results
 
 
-
 def _pack_projection(tensors: Tensors) -> Tensors:
     """query, key and value as slices of one [B, *, 3, h, d], as a projection leaves them."""
     qkv = torch.stack([tensors["query"], tensors["key"], tensors["value"]], dim=-3)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 SAMPLE_SECONDS = 0.002  # short calls are repeated to last this long
 MAX_SAMPLES = 60
 LONG_CALL = 0.5  # seconds; calls this long get by with fewer samples
+QUICK_CALL = 0.05  # seconds; calls shorter than this are looked at more than once before they are timed
 FAR_ABOVE = 2.0  # times the minimum: disturbed, whatever the cause
 SWITCHED_ABOVE = 1.1  # times the minimum, with the processor taken away meanwhile: disturbed
 
@@ -89,6 +90,9 @@ def interleave(
         sample: takes one sample; tests replace it.
     """
     once = {name: sample(call, 1).seconds for name, call in calls.items()}
+    for name, call in calls.items():
+        if once[name] < QUICK_CALL:  # a disturbed first look would set too few calls a sample
+            once[name] = min(once[name], *(sample(call, 1).seconds for _ in range(5)))
     repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / seconds)) for name, seconds in once.items()}
     lasting = {name: seconds * repeats[name] for name, seconds in once.items()}
     slowest, share = max(lasting.values()), budget / len(calls)

@@ -18,7 +18,7 @@ from natrpb import ops
 from natrpb import rpb as tables
 from tests.cases import Case
 
-from .harness import OURS, AS_IS, Contender, Layout, Tensors, Unavailable
+from .harness import AS_IS, OURS, Contender, Layout, Tensors, Unavailable
 
 
 def partition(x: Tensor, window: int, shift: int) -> Tensor:

@@ -92,6 +92,7 @@ def test_deterministic_mode_of_torch_is_accepted():
 
 
 INSTRUCTION_SETS = natrpb.info()["isa_available"] if COMPILED else []
+EVERY_OTHER = CASES[1::2]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -109,8 +110,8 @@ def run(isa: str, script: str) -> str:
 
 
 def save_results(path: str) -> None:
-    """Writes the results of all cases and dtypes, for comparison with another process."""
-    torch.save([bits(case, dtype) for dtype in TOLERANCE for case in CASES], path)
+    """Writes the results of many cases in all dtypes, for comparison with another process."""
+    torch.save([bits(case, dtype) for dtype in TOLERANCE for case in EVERY_OTHER], path)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -122,7 +123,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_p
     assert run(isa, f"from tests.test_determinism import save_results as s; s({str(path)!r})") == ""
     theirs = iter(torch.load(path))
     for dtype, tolerance in TOLERANCE.items():
-        for case in CASES:
+        for case in EVERY_OTHER:
             for ours, other in zip(bits(case, dtype), next(theirs), strict=True):
                 assert torch.equal(ours.isinf(), other.isinf())
                 ours, other = (x.double().masked_fill(x.isinf(), 0) for x in (ours, other))

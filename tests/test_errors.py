@@ -79,6 +79,7 @@ FUSED = {
     "scale-text": ({"scale": "1"}, ValueError, "scale must be a finite number"),
     "scale-nan": ({"scale": math.nan}, ValueError, "scale must be a finite number"),
     "scale-infinite": ({"scale": math.inf}, ValueError, "scale must be a finite number"),
+    "scale-beyond-floats": ({"scale": 10**400}, ValueError, "scale must be a finite number"),
     "dropout-above-one": ({"dropout_p": 1.5}, ValueError, "dropout_p must be a number between 0 and 1"),
     "dropout-negative": ({"dropout_p": -0.1}, ValueError, "dropout_p must be"),
     "dropout-nan": ({"dropout_p": math.nan}, ValueError, "dropout_p must be"),
@@ -228,6 +229,13 @@ def test_lists_and_sizes_count_as_sequences():
 def test_scale_may_be_an_int():
     query, key, value = map2d(), map2d(), map2d()
     close(natrpb.na2d(query, key, value, 3, scale=2), natrpb.na2d(query, key, value, 3, scale=2.0), 0.0)
+
+
+def test_scale_may_be_an_int_beyond_64_bits():
+    query, tokens = map2d(), map2d(2, 3, 4, 8)
+    additional = {"additional_keys": tokens, "additional_values": tokens}
+    ours, same = (natrpb.na2d(query, query, query, 3, scale=scale, **additional) for scale in (2**64, 2.0**64))
+    close(ours, same, 0.0)
 
 
 def test_meta_tensors_give_shapes():

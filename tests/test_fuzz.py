@@ -18,7 +18,7 @@ from . import bruteforce
 from .support import close, needs_compiled
 
 many = settings(
-    max_examples=1000,
+    max_examples=600,
     derandomize=True,
     deadline=None,
     database=None,
@@ -58,7 +58,7 @@ def calls(draw):
 
 
 @many
-@given(axis=axes(longest=200))
+@given(axis=axes(longest=120))
 def test_reference_and_enumeration_agree_on_long_axes(axis):
     length, numbers = axis
     keys, _, valid = reference.axis_keys(length, *numbers)
@@ -68,7 +68,7 @@ def test_reference_and_enumeration_agree_on_long_axes(axis):
 
 @needs_compiled
 @many
-@given(axis=axes(longest=200))
+@given(axis=axes(longest=120))
 def test_compiled_geometry_and_enumeration_agree_on_long_axes(axis):
     from natrpb import _core
 
@@ -248,7 +248,7 @@ def test_unfused_ops_answer_or_say_what_is_wrong(call):
     ],
     ids=lambda function: function.__name__,
 )
-@settings(many, max_examples=200)
+@settings(many, max_examples=100)
 @given(data=st.data())
 def test_table_functions_answer_or_say_what_is_wrong(function, data):
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -267,6 +267,6 @@ def small(strategy):
 
     def fits(drawn) -> bool:
         items = drawn if isinstance(drawn, list | tuple) else [drawn]
-        return not any(isinstance(item, int) and item > 1000 for item in items)
+        return len(items) <= 3 and not any(isinstance(item, int) and item > 7 for item in items)
 
     return strategy.filter(fits)

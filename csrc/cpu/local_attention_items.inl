@@ -183,7 +183,7 @@ struct Worker {
     return ((r0 - rows.axis0.first) * kernel.size1 + r1 - rows.axis1.first) * k2;
   }
   bool all_slots(const Block<T>& block, const KeyRows& rows) const {
-    return block.full && rows.axis0.count() * rows.axis1.count() * k2 == slots;
+    return block.least == k2 && rows.axis0.count() * rows.axis1.count() * k2 == slots;
   }
 
   // p[slot][lane] = the bias of every pair of one query row
@@ -196,15 +196,8 @@ struct Worker {
         }
       });
     };
-    switch (block.bias_lanes.reach) {
-      case Reach::kSame:
-        return start(Const<static_cast<int>(Reach::kSame)>{});
-      case Reach::kConsecutive:
-      case Reach::kWithin:
-        return start(Const<static_cast<int>(Reach::kWithin)>{});
-      default:
-        return start(Const<static_cast<int>(Reach::kAnywhere)>{});
-    }
+    if (block.bias_lanes.reach == Reach::kSame) return start(Const<static_cast<int>(Reach::kSame)>{});
+    start(Const<static_cast<int>(Reach::kWithin)>{});
   }
 
   // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, p1 + r), r < count.
@@ -240,16 +233,18 @@ struct Worker {
   // Sets the slots without a key to `fill`, so that loops over all slots need no conditions.
   void fill_missing(const Block<T>& block, const KeyRows& rows, T fill, T* p) const {
     if (all_slots(block, rows)) return;
-    Index<T> count;
-    for (int l = 0; l < L; ++l) count[l] = block.count[l];
     const Vec<T> filler = splat(fill);
+    const auto slot = [&](int64_t t0, int64_t t1, int64_t t2) { return p + ((t0 * kernel.size1 + t1) * k2 + t2) * L; };
     for (int64_t t0 = 0; t0 < params.axis[0].kernel_size; ++t0) {
       for (int64_t t1 = 0; t1 < kernel.size1; ++t1) {
         const bool row_exists = t0 < rows.axis0.count() && t1 < rows.axis1.count();
-        for (int64_t t2 = 0; t2 < k2; ++t2) {
-          T* at = p + ((t0 * kernel.size1 + t1) * k2 + t2) * L;
-          const auto t = static_cast<decltype(count[0] + 0)>(t2);
-          store(at, row_exists ? (count > t ? load(at) : filler) : filler);
+        if (!row_exists) {
+          for (int64_t t2 = 0; t2 < k2; ++t2) store(slot(t0, t1, t2), filler);
+          continue;
+        }
+        for (int64_t t2 = block.least; t2 < k2; ++t2) {
+          const auto exists = block.counts > static_cast<CountOf<T>>(t2);
+          store(slot(t0, t1, t2), exists ? load(slot(t0, t1, t2)) : filler);
         }
       }
     }
@@ -317,7 +312,7 @@ struct Worker {
   // Calls row(block, p0, p1, count, rows) for groups of up to kRowTile query rows, and column_end(block) after each column.
   template <class Row, class End>
   void for_blocks(Row&& row, End&& column_end) const {
-    for (int64_t column = item.lo[2]; column < item.hi[2]; column += L) {
+    for (int64_t column = item.lo[2], step; column < item.hi[2]; column += step) {
       const Block<T> block = make_block<T>(params.axis[2], column, item.hi[2], item.size[2], item.key_lo[2]);
       for (int64_t p0 = item.lo[0]; p0 < item.hi[0]; ++p0) {
         for (int64_t p1 = item.lo[1]; p1 < item.hi[1]; p1 += kRowTile) {
@@ -328,6 +323,7 @@ struct Worker {
         }
       }
       column_end(block);
+      step = block.live;
     }
   }
 

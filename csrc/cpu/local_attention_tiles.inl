@@ -7,52 +7,37 @@
 //
 // Each multiply-add of the op happens in one of the three.
 
-// How the lanes of a block reach into a row of memory: lane l reads p[base + offset[l]].
-enum class Reach { kConsecutive, kSame, kWithin, kAnywhere };  // offset[l] = l; = 0; < kLanes; anything
+// How the lanes of a block reach into a row of memory: lane l reads p[offset[l]], 0 <= offset[l] < kLanes.
+enum class Reach { kConsecutive, kSame, kWithin };  // offset[l] = l; all 0; any
 
 template <class T>
 struct LaneMap {
   Reach reach;
-  Index<T> index;  // offsets, for kWithin
-  int64_t offset[kLanes<T>];
+  Index<T> offset;
 };
 
 template <class T>
 NATRPB_INLINE LaneMap<T> map_lanes(const int64_t* position, int64_t base, int64_t live) {
   LaneMap<T> map;
-  bool consecutive = true, same = true, within = true;
+  bool consecutive = true, same = true;
   for (int l = 0; l < kLanes<T>; ++l) {
     const int64_t offset = position[l < live ? l : live - 1] - base;
-    map.offset[l] = offset;
-    map.index[l] = offset < kLanes<T> ? offset : 0;
+    map.offset[l] = static_cast<CountOf<T>>(offset);
     consecutive &= l >= live || offset == l;
     same &= offset == 0;
-    within &= offset < kLanes<T>;
   }
-  map.reach = same ? Reach::kSame : consecutive ? Reach::kConsecutive : within ? Reach::kWithin : Reach::kAnywhere;
+  map.reach = same ? Reach::kSame : consecutive ? Reach::kConsecutive : Reach::kWithin;
   return map;
 }
 
 template <class T, Reach R>
 NATRPB_INLINE Vec<T> load_lanes(const T* p, const LaneMap<T>& map) {
-  if constexpr (R == Reach::kConsecutive) return load(p);
-  if constexpr (R == Reach::kSame) return splat(*p);
-  if constexpr (R == Reach::kWithin) return permute<T>(load(p), map.index);
-  Vec<T> v{};
-  for (int l = 0; l < kLanes<T>; ++l) v[l] = p[map.offset[l]];
-  return v;
-}
-template <class T>
-NATRPB_INLINE Vec<T> load_lanes(const T* p, const LaneMap<T>& map) {
-  switch (map.reach) {
-    case Reach::kConsecutive:
-      return load_lanes<T, Reach::kConsecutive>(p, map);
-    case Reach::kSame:
-      return load_lanes<T, Reach::kSame>(p, map);
-    case Reach::kWithin:
-      return load_lanes<T, Reach::kWithin>(p, map);
-    default:
-      return load_lanes<T, Reach::kAnywhere>(p, map);
+  if constexpr (R == Reach::kConsecutive) {
+    return load(p);
+  } else if constexpr (R == Reach::kSame) {
+    return splat(*p);
+  } else {
+    return permute<T>(load(p), map.offset);
   }
 }
 
@@ -114,16 +99,9 @@ template <class T>
 ScoreTile<T> pick_score_tile(int rows, int slots, Reach reach) {
   const int index = (rows - 1) * kSlotTile + slots - 1;
   const auto all = std::make_integer_sequence<int, kRowTile * kSlotTile>{};
-  switch (reach) {
-    case Reach::kConsecutive:
-      return pick_score_tile<T, Reach::kConsecutive>(index, all);
-    case Reach::kSame:
-      return pick_score_tile<T, Reach::kSame>(index, all);
-    case Reach::kWithin:
-      return pick_score_tile<T, Reach::kWithin>(index, all);
-    default:
-      return pick_score_tile<T, Reach::kAnywhere>(index, all);
-  }
+  if (reach == Reach::kConsecutive) return pick_score_tile<T, Reach::kConsecutive>(index, all);
+  if (reach == Reach::kSame) return pick_score_tile<T, Reach::kSame>(index, all);
+  return pick_score_tile<T, Reach::kWithin>(index, all);
 }
 
 // The axis-2 side of a block: live lanes and, per lane, the interval of key columns relative to the box's first key.
@@ -133,20 +111,28 @@ struct Block {
   int live;
   int64_t first[kLanes<T>];  // NB: lanes beyond live repeat the last live one
   int64_t count[kLanes<T>];
-  bool full;              // every live lane sees K_2 columns
+  int64_t least;          // the smallest count
+  Index<T> counts;        // count, as a vector
   LaneMap<T> key_lanes;   // from first[0]
   LaneMap<T> bias_lanes;  // from bias_base
   int64_t bias_base;
   int64_t bias_first[kLanes<T>];  // table column of every lane's slot 0
 };
 
-// The block at query `column` of a group of `size` positions, for queries before `end` and keys from `key_lo` on.
+// The block at query `column` of a group of `size` positions, for queries before `end` and keys from `key_lo` on. Windows and
+// strides make first columns jump: a block ends before they spread over more than one vector. Table columns then fit one too,
+// since bias_first = first - p + K - 1 moves by less than first does.
 template <class T>
 Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size, int64_t key_lo) {
   Block<T> block;
   block.column = column;
-  block.live = static_cast<int>(min_of(kLanes<T>, end - column));
-  block.full = true;
+  const int64_t first = axis.keys(column, size).first;
+  block.live = 1;
+  while (block.live < kLanes<T> && column + block.live < end &&
+         axis.keys(column + block.live, size).first - first < kLanes<T>) {
+    ++block.live;
+  }
+  block.least = axis.kernel_size;
   block.bias_base = 2 * axis.kernel_size;
   for (int l = 0; l < kLanes<T>; ++l) {
     const int64_t p = column + min_of(l, block.live - 1);
@@ -154,7 +140,8 @@ Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size,
     block.first[l] = keys.first - key_lo;
     block.count[l] = keys.count();
     block.bias_first[l] = axis.bias_index(p, keys.first);
-    block.full &= block.count[l] == axis.kernel_size;
+    block.counts[l] = static_cast<CountOf<T>>(block.count[l]);
+    block.least = min_of(block.least, block.count[l]);
     block.bias_base = min_of(block.bias_base, block.bias_first[l]);
   }
   block.key_lanes = map_lanes<T>(block.first, block.first[0], block.live);

@@ -21,6 +21,8 @@ using Vec = typename VectorType<T>::type;
 template <class T>
 using Index = typename VectorType<T>::index;
 template <class T>
+using CountOf = decltype(Index<T>{}[0] + 0);  // an element of Index
+template <class T>
 using Bits = typename VectorType<T>::bits;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(T);

@@ -8,7 +8,8 @@
 
 namespace natrpb::cpu {
 
-// fp32 multiply-adds in registers, nothing loaded or stored, counted as 2 operations: GFLOP/s over about `seconds`.
+// fp32 multiply-adds in registers, nothing loaded or stored, counted as 2 operations: GFLOP/s of the fastest of
+// many passes within about `seconds`, each long enough (about a millisecond) to be the processor's lasting rate.
 // The set must not be wider than detected_isa(). Sets without fused multiply-add multiply and add.
 double fma_gflops(Isa isa, double seconds);
 

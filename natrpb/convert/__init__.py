@@ -1,5 +1,39 @@
-"""State dicts of other sources, brought to the key names of the official NAT and DiNAT checkpoints and back."""
+"""State dicts of other sources, brought to the key names of the official checkpoints and back.
 
-from .huggingface import detect_format, from_huggingface, to_huggingface, to_official
+The functions here are for NAT and DiNAT, but that `detect_format` and `to_official` know Swin too; `natrpb.convert.swin` has
+the rest for Swin v1 and v2.
+"""
 
-__all__ = ["detect_format", "from_huggingface", "to_huggingface", "to_official"]
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from . import huggingface, swin
+from .huggingface import from_huggingface, to_huggingface
+from .swin import conv_to_linear, linear_to_conv
+
+__all__ = [
+    "conv_to_linear",
+    "detect_format",
+    "from_huggingface",
+    "linear_to_conv",
+    "swin",
+    "to_huggingface",
+    "to_official",
+]
+
+
+def detect_format(state_dict: Mapping[str, Tensor]) -> str:
+    """Tells whose key names a state dict has: "official", "huggingface", and for Swin also "timm" or "torchvision".
+
+    Raises:
+        ValueError: none of them.
+    """
+    return (swin if swin.is_swin(state_dict) else huggingface).detect_format(state_dict)
+
+
+def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A NAT, DiNAT or Swin state dict in official key names, whichever of the known formats it came in."""
+    return (swin if swin.is_swin(state_dict) else huggingface).to_official(state_dict)

@@ -81,7 +81,7 @@ def window_attention(
     pattern = window_pattern(ndim, window_size, shift_size)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
-    if isinstance(scale, bool) or not (scale is None or isinstance(scale, int | float) and math.isfinite(scale)):
+    if isinstance(scale, bool) or not (scale is None or (isinstance(scale, int | float) and math.isfinite(scale))):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     _check_logit_scale(logit_scale, scale, heads, query)
     _check_dense_bias(dense_bias, heads, pattern, query)

@@ -1,4 +1,4 @@
-"""Models on neighborhood attention: NAT, DiNAT, DiNAT_s and their isotropic variants; one family per file."""
+"""Models: NAT, DiNAT, DiNAT_s and their isotropic variants, Swin v1 and v2; one family per file."""
 
 import sys
 
@@ -9,6 +9,8 @@ from ._timm import register_with_timm
 from .dinat_s import DiNAT_s
 from .isotropic import IsotropicNAT
 from .nat import NAT
+from .swin import Swin, SwinBlock, UnfoldMerging
+from .swin_v2 import SwinV2, SwinV2Block
 
 if "timm" in sys.modules:
     register_with_timm()
@@ -18,6 +20,11 @@ __all__ = [
     "DiNAT_s",
     "IsotropicNAT",
     "Pyramid",
+    "Swin",
+    "SwinBlock",
+    "SwinV2",
+    "SwinV2Block",
+    "UnfoldMerging",
     "create_model",
     "list_models",
     "load_weights",

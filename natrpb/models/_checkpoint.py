@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,15 +90,15 @@ def _read_torch(path: Path) -> object:
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "state_dict") -> None:
-    """Loads official or Hugging Face weights into a model of this package, all or nothing.
+    """Loads official weights, or those of another library, into a model of this package, all or nothing.
 
-    Bias tables of another kernel size are resized by bicubic interpolation, as the authors do for 11x11; a head for
+    Bias tables of another kernel or window size are resized by bicubic interpolation, as the authors do; a head for
     another number of classes is left out and the model's own stays: both with a warning. A `features_only` model takes
     a classifier's weights without its final norm and head; its own LayerNorms stay unless the weights hold them.
 
     Args:
         model: as `create_model` builds it.
-        state_dict: official or Hugging Face keys.
+        state_dict: keys of any format that `natrpb.convert.detect_format` knows.
         source: name of the weights in messages.
 
     Raises:
@@ -105,7 +106,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     """
     own = model.state_dict()
     given = to_official(state_dict)
-    weights = {key: _fit_rpb(key, tensor, own) for key, tensor in given.items()}
+    weights = {key: _fit_table(key, tensor, model, own) for key, tensor in given.items()}
     resized = [key for key in weights if weights[key].shape != given[key].shape]
     fresh_head = False
     if model.features_only:
@@ -130,7 +131,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
     model.load_state_dict(weights)
     if resized:
-        before, after = (tuple((n + 1) // 2 for n in table[resized[0]].shape[1:]) for table in (given, weights))
+        before, after = (_kernel_size(tables[resized[0]]) for tables in (given, weights))
         warnings.warn(f"{source}: {len(resized)} bias tables resized, kernel size {before} to {after}", stacklevel=3)
     if fresh_head:
         classes = given["head.weight"].shape[0]
@@ -141,12 +142,24 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         )
 
 
-def _fit_rpb(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    """A bias table at the kernel size of the model's own; every other tensor as it is."""
+def _fit_table(key: str, tensor: Tensor, model: nn.Module, own: Mapping[str, Tensor]) -> Tensor:
+    """A bias table at the kernel or window size of the model's own; every other tensor as it is."""
     target = own.get(key)
-    if not key.endswith(".rpb") or target is None or target.dim() != tensor.dim() or target.shape[0] != tensor.shape[0]:
+    if target is None or target.dim() != tensor.dim() or target.shape == tensor.shape:
         return tensor
-    return rpb.resize(tensor, [(side + 1) // 2 for side in target.shape[1:]])
+    if key.endswith(".rpb") and target.shape[0] == tensor.shape[0]:
+        return rpb.resize(tensor, [(side + 1) // 2 for side in target.shape[1:]])
+    if key.endswith(".relative_position_bias_table") and target.shape[1] == tensor.shape[1] and _kernel_size(tensor):
+        return rpb.resize_swin(tensor, model.get_submodule(key.rpartition(".")[0]).window_size)
+    return tensor
+
+
+def _kernel_size(table: Tensor) -> tuple[int, ...]:
+    """K per axis of a table [heads, 2 K_0 - 1, ...], or of Swin's [(2 K - 1)^2, heads]; () where that is no square."""
+    if table.dim() > 2:
+        return tuple((side + 1) // 2 for side in table.shape[1:])
+    side = math.isqrt(table.shape[0])
+    return ((side + 1) // 2,) * 2 if side * side == table.shape[0] and side % 2 else ()
 
 
 def _some(items: list[str], limit: int = 5) -> str:

@@ -25,6 +25,7 @@ class ModelEntry:
     hf_id: str | None  # the same weights on the Hugging Face hub
     input_size: int  # image side of the published accuracy
     num_classes: int | None  # of the published head; None where it is not documented
+    crop_pct: float  # share of the image's side that the published accuracy looks at
 
     def pretrained_cfg(self) -> dict:
         """What is known of the published weights, under timm's names."""
@@ -32,7 +33,7 @@ class ModelEntry:
             "url": self.url,
             "hf_hub_id": self.hf_id,
             "input_size": (3, self.input_size, self.input_size),
-            "crop_pct": 1.0 if self.input_size > 224 else 0.875,
+            "crop_pct": self.crop_pct,
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
@@ -47,7 +48,12 @@ _models: dict[str, ModelEntry] = {}
 
 
 def register_model(
-    *, url: str | None = None, hf_id: str | None = None, input_size: int = 224, num_classes: int | None = 1000
+    *,
+    url: str | None = None,
+    hf_id: str | None = None,
+    input_size: int = 224,
+    num_classes: int | None = 1000,
+    crop_pct: float | None = None,
 ) -> Callable[[Build], Build]:
     """Decorator that registers a function under its name; it takes overrides and returns a model with fresh weights.
 
@@ -56,6 +62,7 @@ def register_model(
         hf_id: the same weights on the Hugging Face hub.
         input_size: image side at which the published accuracy was measured.
         num_classes: classes of the published head, None where it is not documented.
+        crop_pct: share of the resized image's side that was cropped for it; default 0.875, 1 for sides above 224.
 
     Raises:
         ValueError: the name is taken.
@@ -65,7 +72,8 @@ def register_model(
         name = build.__name__
         if name in _models:
             raise ValueError(f"a model named {name} is already registered")
-        _models[name] = ModelEntry(build, url, hf_id, input_size, num_classes)
+        crop = crop_pct if crop_pct is not None else 1.0 if input_size > 224 else 0.875
+        _models[name] = ModelEntry(build, url, hf_id, input_size, num_classes, crop)
         return build
 
     return register
@@ -98,13 +106,14 @@ def create_model(
         name: see `list_models`.
         pretrained: True downloads the authors' file into torch.hub's cache; "hf" takes the copy on the Hugging Face hub
             (needs `huggingface_hub`); any other string or a Path is a local file, .pth, .bin or .safetensors, in
-            official or Hugging Face keys. The authors publish no hashes: a file is accepted when all its keys and
-            shapes fit the model, and nothing is loaded otherwise.
+            official or Hugging Face keys, for Swin also timm's or torchvision's. The authors publish no hashes: a file
+            is accepted when all its keys and shapes fit the model, and nothing is loaded otherwise.
         num_classes: outputs of the head, 0 for none. Where the weights have another number the head starts fresh, with
             a warning.
         features_only: return a list of maps [B, C_i, H_i, W_i], one per stage, instead of logits.
-        **overrides: constructor arguments of the family, e.g. kernel_size (bias tables of loaded weights are resized),
-            dilations, depths, drop_path_rate, in_chans, rel_pos_bias, out_indices. `img_size` is accepted and ignored.
+        **overrides: constructor arguments of the family, e.g. kernel_size, for Swin window_size (bias tables of loaded
+            weights are resized; Swin v2 asks its MLP), dilations, depths, drop_path_rate, in_chans, rel_pos_bias,
+            out_indices. `img_size` is accepted and ignored.
 
     Returns:
         The model in training mode, fp32 parameters unless the default dtype is another.

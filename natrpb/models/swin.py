@@ -93,7 +93,7 @@ class SwinPyramid(ImageModel):
 
     attention_type: ClassVar[type[WindowAttention]]
     block_type: ClassVar[type[SwinBlock]]
-    merging_type: ClassVar[type[PatchMerging]]
+    merging_type: ClassVar[type[nn.Module]]  # (dim): [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), 2 dim]
 
     def __init__(
         self,

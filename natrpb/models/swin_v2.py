@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import WindowAttentionV2
 from ._registry import register_model
-from .dinat_s import PatchMerging
 from .swin import SwinBlock, SwinPyramid, per_stage
 
 _URL = "https://github.com/SwinTransformer/storage/releases/download/v2.0.0/"
@@ -28,15 +28,18 @@ class SwinV2Block(SwinBlock):
         return x + self.drop_path(self.norm2(self.mlp(x)))
 
 
-class PatchMergingV2(PatchMerging):
-    """`PatchMerging` that projects before it normalises: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), 2 dim]."""
+class PatchMergingV2(nn.Module):
+    """Concatenates 2x2 positions, projects and normalises: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), 2 dim]."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim)
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(self.corners(x)))
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H/2, row, W/2, column, dim]
+        return self.norm(self.reduction(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class SwinV2(SwinPyramid):

@@ -1,0 +1,135 @@
+"""The command line: python -m benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import natrpb
+
+from . import machine, plots, report
+from .cases import all_workloads, quick_workloads
+from .harness import Workload, exact_results, measure
+
+RESULTS = machine.ROOT / "benchmarks" / "results"
+PAGE = machine.ROOT / "docs" / "benchmarks.md"
+IMAGES = "images/benchmarks"  # beside the page
+
+
+def thread_counts(given: str) -> list[int]:
+    """'1,2' -> [1, 2]."""
+    try:
+        counts = sorted({int(part) for part in given.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be positive integers separated by commas, got {given!r}")
+    return counts
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Times natrpb beside its peers.")
+    parser.add_argument(
+        "--case", metavar="PATTERN", action="append", help="names with PATTERN in them, or matching it (* ? []); repeatable"
+    )
+    parser.add_argument("--quick", action="store_true", help="a minute's worth: three cases, nothing compiled")
+    parser.add_argument("--threads", type=thread_counts, metavar="N,N", help="thread counts, default 1 and all cores")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing a line (default 0.8, quick 0.3)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where results go; a full run has a default in benchmarks/results"
+    )
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write the scaling plots there")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
+    parser.add_argument(
+        "--write-docs",
+        type=Path,
+        metavar="FILE",
+        help="put the tables and plots of a results file into docs/benchmarks.md and leave",
+    )
+    return parser.parse_args(arguments)
+
+
+def chosen(workloads: list[Workload], patterns: list[str] | None) -> list[Workload]:
+    """The workloads whose name matches, or contains, one of the patterns; all without patterns."""
+
+    def matches(name: str) -> bool:
+        return any(pattern in name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return [workload for workload in workloads if not patterns or matches(workload.name)]
+
+
+def run(workloads: list[Workload], threads: list[int], budget: float, console: Console) -> report.Results:
+    """Measures every workload at every thread count."""
+    results = report.Results(
+        date=datetime.date.today().isoformat(),
+        commit=machine.commit(),
+        machine=machine.describe(),
+        versions=machine.versions(),
+    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("yardsticks", total=len(workloads) * len(threads))
+        results.yardsticks = {count: machine.yardsticks(count) for count in threads}
+        for workload in workloads:
+            progress.update(task, description=workload.name)
+            torch.set_num_threads(max(threads))
+            problem = workload.make()
+            exact = exact_results(problem)
+            for count in threads:
+                results.lines.append(measure(workload, count, budget, problem, exact))
+                progress.advance(task)
+    return results
+
+
+def write_docs(path: Path) -> None:
+    results = report.Results.load(path)
+    images = plots.draw(results, PAGE.parent / IMAGES)
+    extra = "".join(f"\n![{image.stem.replace('-', ' ')}]({IMAGES}/{image.name})\n" for image in images)
+    report.write_docs(results, PAGE, extra)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    if given.write_docs:
+        write_docs(given.write_docs)
+        return 0
+    workloads = chosen(quick_workloads() if given.quick else all_workloads(), given.case)
+    if given.list:
+        console.print("\n".join(f"{workload.group}: {workload.name}" for workload in workloads), markup=False, highlight=False)
+        return 0
+    if not workloads:
+        console.print(f"no case matches {given.case}; --list names them", markup=False)
+        return 2
+    if not natrpb.info()["compiled"]:
+        console.print(f"nothing to time: {natrpb.info()['reason']}", markup=False)
+        return 2
+    start = time.monotonic()
+    threads = given.threads or sorted({1, torch.get_num_threads()})
+    results = run(workloads, threads, given.budget or (0.3 if given.quick else 0.8), console)
+    console.print("\n".join(report.header(results)), markup=False, highlight=False)
+    for part in report.terminal_tables(results):
+        console.print(part, highlight=False)
+    path = given.json
+    if path is None and not given.quick and not given.case:
+        path = RESULTS / f"{machine.slug(results.machine)}-{results.date}.json"
+    if path:
+        results.save(path)
+        console.print(f"results in {path}", markup=False, highlight=False)
+    if given.plot:
+        console.print("plots: " + ", ".join(map(str, plots.draw(results, given.plot))), markup=False, highlight=False)
+    console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
+    return 1 if results.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

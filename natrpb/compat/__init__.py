@@ -1,0 +1,5 @@
+"""Drop-ins for other libraries."""
+
+from .patch import patch
+
+__all__ = ["patch"]
