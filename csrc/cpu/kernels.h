@@ -38,11 +38,7 @@ inline Needs needs_of(Op op, const LocalAttentionParams& params) {
 struct Kernels {
   // Bytes of scratch that one thread needs.
   int64_t (*scratch_bytes)(const LocalAttentionParams&, const Plan&, Op);
-  // Elements of the compute type that each item needs in the workspace; the item's bias table is the last of them.
-  int64_t (*workspace_elements)(const LocalAttentionParams&, const Plan&, Op);
   void (*run_item)(const LocalAttentionParams&, const Plan&, Op, int64_t item, void* scratch);
-  // Sums key row (k0, k1) of a residue group over its boxes `parts` and writes dkey and dvalue.
-  void (*merge_keys)(const LocalAttentionParams&, const Plan&, Op, const Item* parts, int64_t k0, int64_t k1, void* scratch);
 };
 
 namespace portable {

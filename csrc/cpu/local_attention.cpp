@@ -3,7 +3,9 @@
 
 #include "natrpb/local_attention.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -62,30 +64,9 @@ void run_parallel(ParallelFor parallel_for, int64_t count, F body) {
   parallel_for(count, &body, [](void* f, int64_t begin, int64_t end) { (*static_cast<F*>(f))(begin, end); });
 }
 
-// dkey and dvalue from the boxes' partial sums, one key row of one residue group at a time.
-void merge_all_keys(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t bytes, ParallelFor parallel_for) {
-  const int64_t rows0 = params.axis[0].group_length(0), rows1 = params.axis[1].group_length(0);
-  const int64_t rows = rows0 * rows1;
-  run_parallel(parallel_for, plan.items / plan.boxes_total * rows, [&](int64_t begin, int64_t end) {
-    std::vector<Item> parts(plan.boxes_total);
-    int64_t loaded = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / rows, k0 = i % rows / rows1, k1 = i % rows1;
-      if (group != loaded) {
-        for (int64_t box = 0; box < plan.boxes_total; ++box) {
-          parts[box] = locate(params, plan, group * plan.boxes_total + box);
-        }
-        loaded = group;
-      }
-      if (k0 >= parts[0].size[0] || k1 >= parts[0].size[1]) continue;
-      kernels().merge_keys(params, plan, op, parts.data(), k0, k1, thread_scratch(bytes));
-    }
-  });
-}
-
 // drpb[head][entry] = sum of the items' tables in the order of the items.
 template <class T>
-void merge_bias(const LocalAttentionParams& params, const Plan& plan, int64_t elements) {
+void merge_bias(const LocalAttentionParams& params, const Plan& plan) {
   std::vector<double> sum(plan.table);
   const int64_t per_head = plan.groups_total * plan.boxes_total;
   for (int64_t head = 0; head < params.heads; ++head) {
@@ -94,7 +75,7 @@ void merge_bias(const LocalAttentionParams& params, const Plan& plan, int64_t el
       for (int64_t i = 0; i < per_head; ++i) {
         const int64_t index = (batch * params.heads + head) * per_head + i;
         if (locate(params, plan, index).empty) continue;
-        const T* part = static_cast<const T*>(params.workspace) + (index + 1) * elements - plan.table;
+        const T* part = static_cast<const T*>(params.workspace) + index * plan.table;
         for (int64_t entry = 0; entry < plan.table; ++entry) sum[entry] += part[entry];
       }
     }
@@ -104,41 +85,55 @@ void merge_bias(const LocalAttentionParams& params, const Plan& plan, int64_t el
 }
 
 Status run(const LocalAttentionParams& params, Op op, ParallelFor parallel_for) {
-  if (is_empty(params)) return {};
-  const Plan plan = plan_of(params, op);
   const Needs needs = needs_of(op, params);
-  const int64_t bytes = kernels().scratch_bytes(params, plan, op);
-  bool out_of_memory = false;
-  run_parallel(parallel_for, plan.items, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(bytes);
-    if (!scratch) {
-      out_of_memory = true;
-      return;
-    }
-    for (int64_t item = begin; item < end; ++item) kernels().run_item(params, plan, op, item, scratch);
-  });
-  if (out_of_memory) return Status::error("out of memory: a thread needs " + std::to_string(bytes) + " bytes of scratch");
-  if ((needs.dkey || needs.dvalue) && plan.keys_shared) merge_all_keys(params, plan, op, bytes, parallel_for);
-  if (needs.dbias) {
-    const int64_t elements = kernels().workspace_elements(params, plan, op);
-    params.dtype == DType::kFloat64 ? merge_bias<double>(params, plan, elements) : merge_bias<float>(params, plan, elements);
+  const Plan plan = plan_of(params, op);
+  if (is_empty(params)) {
+    if (needs.dbias) std::memset(params.drpb, 0, static_cast<size_t>(params.heads * plan.table) * element_bytes(params));
+    return {};
   }
+  const int64_t bytes = kernels().scratch_bytes(params, plan, op);
+  std::atomic<bool> out_of_memory = false;
+  // Boxes that share keys take turns by color: the sums of one key are formed in the order of the colors.
+  const int64_t colors = needs.dkey || needs.dvalue ? plan.colors : 1;
+  for (int64_t color = 0; color < colors; ++color) {
+    run_parallel(parallel_for, plan.items, [&](int64_t begin, int64_t end) {
+      void* scratch = thread_scratch(bytes);
+      if (!scratch) {
+        out_of_memory = true;
+        return;
+      }
+      for (int64_t index = begin; index < end; ++index) {
+        if (colors > 1 && locate(params, plan, index).color != color) continue;
+        kernels().run_item(params, plan, op, index, scratch);
+      }
+    });
+  }
+  if (out_of_memory) return Status::error("out of memory: a thread needs " + std::to_string(bytes) + " bytes of scratch");
+  if (needs.dbias) params.dtype == DType::kFloat64 ? merge_bias<double>(params, plan) : merge_bias<float>(params, plan);
   return {};
 }
 
 int64_t workspace_bytes(const LocalAttentionParams& params, Op op) {
-  if (is_empty(params)) return 0;
+  if (is_empty(params) || !needs_of(op, params).dbias) return 0;
   const Plan plan = plan_of(params, op);
-  return plan.items * kernels().workspace_elements(params, plan, op) * static_cast<int64_t>(element_bytes(params));
+  return plan.items * plan.table * static_cast<int64_t>(element_bytes(params));
 }
+
+bool is_half(const LocalAttentionParams& params) { return params.dtype == DType::kBFloat16 || params.dtype == DType::kFloat16; }
 
 }  // namespace
 
 int64_t local_attention_backward_workspace(const LocalAttentionParams& params) {
   return workspace_bytes(params, Op::kBackward);
 }
-int64_t local_av_transposed_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kAvTransposed); }
 int64_t local_bias_grad_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kBiasGrad); }
+
+bool local_attention_backward_is_wide(const LocalAttentionParams& params) {
+  return is_half(params) && plan_of(params, Op::kBackward).keys_shared;
+}
+bool local_av_transposed_is_wide(const LocalAttentionParams& params) {
+  return is_half(params) && plan_of(params, Op::kAvTransposed).keys_shared;
+}
 
 Status local_attention_forward(const LocalAttentionParams& params, ParallelFor parallel_for) {
   return run(params, Op::kForward, parallel_for);

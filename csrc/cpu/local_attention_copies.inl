@@ -52,3 +52,16 @@ void store_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
   for (; c + L <= channels; c += L) store_as(to + c, load(from + c) * factor);
   if (c < channels) store_part<T>(to + c, load(from + c) * factor, channels - c);
 }
+// to[channel] += factor * from[channel]
+template <class T, class S>
+void add_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
+  constexpr int L = kLanes<T>;
+  for (int64_t c = 0; c < channels; c += L) {
+    const Vec<T> sum = load_channels<T>(to + c, channels - c) + load(from + c) * factor;
+    if (channels - c >= L) {
+      store_as(to + c, sum);
+    } else {
+      store_part<T>(to + c, sum, channels - c);
+    }
+  }
+}

@@ -67,12 +67,6 @@ int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op o
   });
 }
 
-int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, Op op) {
-  return with_storage(params.dtype, [&](auto storage) {
-    return StorageOf<decltype(storage)>::worker::workspace_elements(params, plan, needs_of(op, params));
-  });
-}
-
 void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
   with_storage(params.dtype, [&](auto storage) {
     typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
@@ -94,15 +88,7 @@ void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64
   });
 }
 
-void merge_keys(const LocalAttentionParams& params, const Plan& plan, Op op, const Item* parts, int64_t k0, int64_t k1,
-                void* scratch) {
-  with_storage(params.dtype, [&](auto storage) {
-    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
-    worker.merge_keys(parts, k0, k1);
-  });
-}
-
-extern const Kernels kKernels = {scratch_bytes, workspace_elements, run_item, merge_keys};
+extern const Kernels kKernels = {scratch_bytes, run_item};
 
 }  // namespace natrpb::cpu::NATRPB_ISA
 

@@ -22,7 +22,7 @@ struct Worker {
   int64_t column_pitch;
   T *query_columns, *dout_columns;  // [kRowTile][channel][L]
   T *query_tile, *dout_tile;        // [L][pitch], copies of natural rows where the tensor will not do
-  T* result_tile;                   // [L][pitch]; a whole row of keys in merge_keys
+  T* result_tile;                   // [L][pitch]
   T *score, *dscore;                // [kRowTile][slots][L]
   T *bias, *dbias;                  // [table rows][bias_pitch]; [table rows][K_2][L]
   size_t bytes;
@@ -51,15 +51,13 @@ struct Worker {
     value_columns = take(needs.dscores, rows * value_depth * column_pitch);
     key_rows.data = take(needs.key_rows, keys * key_pitch);
     value_rows.data = take(needs.value_rows, keys * value_pitch);
-    const bool shared = plan.keys_shared;  // sums that cross items lie in the workspace
-    dkey_rows.data = take(needs.dkey && !shared, keys * key_pitch);
-    dvalue_rows.data = take(needs.dvalue && !shared, keys * value_pitch);
+    dkey_rows.data = take(needs.dkey, keys * key_pitch);
+    dvalue_rows.data = take(needs.dvalue, keys * value_pitch);
     query_columns = take(needs.scores, kRowTile * depth * L);
     dout_columns = take(needs.dscores, kRowTile * value_depth * L);
     query_tile = take(needs.query_tile, L * key_pitch);
     dout_tile = take(needs.dout_tile, L * value_pitch);
-    const int64_t widest = key_pitch > value_pitch ? key_pitch : value_pitch;
-    result_tile = take(true, (shared && L < plan.row_max ? plan.row_max : L) * widest);
+    result_tile = take(true, L * (key_pitch > value_pitch ? key_pitch : value_pitch));
     score = take(true, kRowTile * slots * L);
     dscore = take(needs.dscores, kRowTile * slots * L);
     bias = take(needs.bias, table_rows * bias_pitch);
@@ -142,11 +140,6 @@ struct Worker {
 
   bool begin(int64_t index) {
     item = locate(params, plan, index);
-    T* shared = static_cast<T*>(params.workspace) + index * workspace_elements(params, plan, needs);
-    if (plan.keys_shared) {
-      if (needs.dkey) dkey_rows.data = shared;
-      if (needs.dvalue) dvalue_rows.data = shared + (needs.dkey ? plan.keys_max * key_pitch : 0);
-    }
     if (item.empty) return false;
     layout_rows(depth, dkey_rows);
     layout_rows(value_depth, dvalue_rows);
@@ -159,13 +152,6 @@ struct Worker {
     if (needs.bias) stage_bias();
     return true;
   }
-  // Elements of workspace per item: its sums over keys and its bias table.
-  static int64_t workspace_elements(const LocalAttentionParams& params, const Plan& plan, const Needs& needs) {
-    const bool shared = plan.keys_shared;
-    return (needs.dkey && shared ? plan.keys_max * padded(params.head_dim) : 0) +
-           (needs.dvalue && shared ? plan.keys_max * padded(params.value_dim) : 0) + (needs.dbias ? plan.table : 0);
-  }
-
   // ---- blocks ----
 
   KeyRows key_rows_of(int64_t p0, int64_t p1) const {
@@ -461,46 +447,46 @@ struct Worker {
   // The item's table in the workspace, cleared.
   T* bias_part() const {
     if (!needs.dbias) return nullptr;
-    const int64_t elements = workspace_elements(params, plan, needs);
-    T* part = static_cast<T*>(params.workspace) + (item.index + 1) * elements - plan.table;
+    T* part = static_cast<T*>(params.workspace) + item.index * plan.table;
     clear(part, plan.table);
     clear(dbias, plan.table / table2 * k2 * L);
     return part;
   }
-  // An item whose keys no other box needs writes them; otherwise merge_keys does.
+
+  // Whether no box of an earlier color has written to a key of the item on this axis.
+  bool is_fresh(int axis, int64_t key) const {
+    const Axis& a = params.axis[axis];
+    if (!(item.color >> axis & 1)) return true;
+    const bool before = item.lo[axis] > 0 && key <= a.keys(item.lo[axis] - 1, item.size[axis]).last;
+    const bool behind = item.hi[axis] < item.size[axis] && key >= a.keys(item.hi[axis], item.size[axis]).first;
+    return !before && !behind;
+  }
+  // Writes the item's sums; where an earlier color was first, adds to what is there. NB: sums that meet leave in the compute
+  // type, so that they are rounded once.
   void store_keys() const {
-    if (plan.keys_shared) return;
+    if (plan.keys_shared) {
+      if (needs.dkey) add_keys<T>(params.dkey, dkey_rows, depth, static_cast<T>(params.scale));
+      if (needs.dvalue) add_keys<T>(params.dvalue, dvalue_rows, value_depth, T(1));
+    } else {
+      if (needs.dkey) add_keys<S>(params.dkey, dkey_rows, depth, static_cast<T>(params.scale));
+      if (needs.dvalue) add_keys<S>(params.dvalue, dvalue_rows, value_depth, T(1));
+    }
+  }
+  template <class Out>
+  void add_keys(const View& view, const Rows<T>& rows, int64_t channels, T factor) const {
     for_key_rows([&](int64_t r0, int64_t r1) {
-      const auto write = [&](const View& view, const Rows<T>& rows, int64_t channels, T factor) {
-        S* to = row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]);
-        store_rows(rows.at(r0, r1, 0), item.key_n[2], channels, factor, to, column_step(view));
-      };
-      if (needs.dkey) write(params.dkey, dkey_rows, depth, static_cast<T>(params.scale));
-      if (needs.dvalue) write(params.dvalue, dvalue_rows, value_depth, T(1));
-    });
-  }
-  static void store_rows(const T* from, int64_t count, int64_t channels, T factor, S* to, int64_t step) {
-    for (int64_t i = 0; i < count; ++i, from += padded(channels), to += step) store_row(from, channels, splat(factor), to);
-  }
-  // Sums one key row of a residue group over all boxes that saw it, in the order of the boxes.
-  void merge_keys(const Item* parts, int64_t k0, int64_t k1) {
-    item = parts[0];
-    const int64_t elements = workspace_elements(params, plan, needs);
-    const auto merge = [&](const View& view, int64_t offset, int64_t channels, T factor) {
-      const int64_t pitch = padded(channels);
-      clear(result_tile, item.size[2] * pitch);
-      for (int64_t box = 0; box < plan.boxes_total; ++box) {
-        const Item& part = parts[box];
-        const int64_t r0 = k0 - part.key_lo[0], r1 = k1 - part.key_lo[1];
-        if (part.empty || r0 < 0 || r0 >= part.key_n[0] || r1 < 0 || r1 >= part.key_n[1]) continue;
-        const T* from = static_cast<const T*>(params.workspace) + part.index * elements + offset +
-                        (r0 * part.key_n[1] + r1) * part.key_n[2] * pitch;
-        T* to = result_tile + part.key_lo[2] * pitch;
-        for (int64_t i = 0; i < part.key_n[2] * pitch; i += L) store(to + i, load(to + i) + load(from + i));
+      const bool fresh_row = is_fresh(0, item.key_lo[0] + r0) && is_fresh(1, item.key_lo[1] + r1);
+      for (int64_t column = 0; column < item.key_n[2]; ++column) {
+        const int64_t at[kAxes] = {position(0, item.key_lo[0] + r0), position(1, item.key_lo[1] + r1),
+                                   position(2, item.key_lo[2] + column)};
+        Out* to = static_cast<Out*>(view.data) + view.offset(item.batch, item.head, at);
+        const T* from = rows.at(r0, r1, column);
+        if (fresh_row && is_fresh(2, item.key_lo[2] + column)) {
+          store_row(from, channels, splat(factor), to);
+        } else {
+          add_row(from, channels, splat(factor), to);
+        }
       }
-      store_rows(result_tile, item.size[2], channels, factor, row_start(view, k0, k1, 0), column_step(view));
-    };
-    if (needs.dkey) merge(params.dkey, 0, depth, static_cast<T>(params.scale));
-    if (needs.dvalue) merge(params.dvalue, needs.dkey ? plan.keys_max * key_pitch : 0, value_depth, T(1));
+    });
   }
 };

@@ -22,10 +22,15 @@ int64_t key_extent(const Axis& axis, int64_t box, int64_t group_length) {
   return min_of(box + halo, group_length);
 }
 
-// Box sizes are multiples of this, and no box smaller than twice `least` is cut.
+// Box sizes are multiples of this, and no box smaller than twice `least` is cut. NB: a box of 2K queries is longer than the keys
+// that its two neighbors reach into it, so boxes two apart share no key; tests/cpp checks that.
 int64_t box_unit(const Axis& axis, bool columns) { return is_window(axis) ? axis.kernel_size : columns ? kColumnUnit : 1; }
 int64_t least_box(const Axis& axis, bool columns) {
   return is_window(axis) ? axis.kernel_size : max_of(2 * axis.kernel_size, columns ? kColumnUnit : 1);
+}
+
+bool shares_keys(const LocalAttentionParams& params, const Plan& plan, int axis) {
+  return plan.boxes[axis] > 1 && !is_window(params.axis[axis]);
 }
 
 }  // namespace
@@ -43,19 +48,19 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
   }
   const auto measure = [&] {
     plan.boxes_total = plan.keys_max = 1;
-    plan.keys_shared = false;
+    plan.colors = 1;
     for (int a = 0; a < kAxes; ++a) {
       const int64_t longest = params.axis[a].group_length(0);
       plan.boxes[a] = ceil_div(longest + box_offset(params.axis[a]), plan.box_size[a]);
       plan.key_size[a] = key_extent(params.axis[a], plan.box_size[a], longest);
-      plan.keys_shared |= plan.boxes[a] > 1 && !is_window(params.axis[a]);
+      if (shares_keys(params, plan, a)) plan.colors = int64_t{2} << a;
       plan.boxes_total *= plan.boxes[a];
       plan.keys_max *= plan.key_size[a];
     }
+    plan.keys_shared = plan.colors > 1;
     plan.items = params.batch * params.heads * plan.groups_total * plan.boxes_total;
   };
   measure();
-  plan.row_max = params.axis[2].group_length(0);
   // Halve the outermost axis that is still long beside its kernel, until items are small and many enough.
   while (plan.items < kItemsWanted || plan.keys_max * channels > kScratchElements) {
     const Plan before = plan;
@@ -100,6 +105,7 @@ Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index)
       return item;
     }
     item.key_lo[a] = axis.keys(item.lo[a], item.size[a]).first;
+    if (shares_keys(params, plan, a)) item.color |= (box[a] & 1) << a;
     item.key_n[a] = axis.keys(item.hi[a] - 1, item.size[a]).last - item.key_lo[a] + 1;
   }
   return item;

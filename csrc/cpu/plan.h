@@ -19,11 +19,11 @@ struct Plan {
   int64_t key_size[kAxes];  // most keys that a box needs per axis
   int64_t groups_total;
   int64_t boxes_total;  // per residue group
-  bool keys_shared;         // some keys are needed by several boxes
+  bool keys_shared;     // some keys are needed by several boxes: neighbors, never boxes two apart
+  int64_t colors;       // phases in which such sums are formed; boxes of one color share no key
   int64_t items;
   int64_t keys_max;  // product of key_size
   int64_t slots;     // K_0 K_1 K_2
-  int64_t row_max;   // most positions of a group on axis 2
   int64_t table;     // entries of one head's bias table
 };
 
@@ -39,6 +39,7 @@ struct Item {
   int64_t hi[kAxes];
   int64_t key_lo[kAxes];  // keys key_lo .. key_lo + key_n - 1, in-group
   int64_t key_n[kAxes];
+  int64_t color;  // bit a: whether the box is an odd one on axis a, where keys are shared
   bool empty;
 
   int64_t keys() const { return key_n[0] * key_n[1] * key_n[2]; }

@@ -156,6 +156,10 @@ void parallel_for(int64_t count, void* body, void (*call)(void*, int64_t, int64_
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { call(body, begin, end); });
 }
 
+Tensor rounded(const Tensor& sums, const Tensor& model) {
+  return sums.scalar_type() == model.scalar_type() ? sums : torch::stable::to(sums, model.scalar_type());
+}
+
 void finish(const natrpb::Status& status) { STD_TORCH_CHECK(status.ok(), status.message()); }
 
 std::tuple<Tensor, Tensor> local_attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb,
@@ -212,8 +216,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_attention_backward(Tensor dout,
   p.lse = call.view(lse);
   if (dlse) p.dlse = call.view(*dlse);
   Tensor dquery = call.empty(query, call.sizes(p.head_dim), query.scalar_type());
-  Tensor dkey = call.empty(query, call.sizes(p.head_dim), query.scalar_type());
-  Tensor dvalue = call.empty(query, call.sizes(p.value_dim), query.scalar_type());
+  const ScalarType sums = natrpb::cpu::local_attention_backward_is_wide(p) ? ScalarType::Float : query.scalar_type();
+  Tensor dkey = call.empty(query, call.sizes(p.head_dim), sums);
+  Tensor dvalue = call.empty(query, call.sizes(p.value_dim), sums);
   p.dquery = call.view(dquery);
   p.dkey = call.view(dkey);
   p.dvalue = call.view(dvalue);
@@ -223,10 +228,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_attention_backward(Tensor dout,
     p.rpb = table.emplace(call.rpb(*rpb)).data_ptr();
     p.drpb = drpb.data_ptr();
   }
-  if (query.numel() == 0) torch::stable::zero_(drpb);
   const Tensor memory = call.workspace(query, natrpb::cpu::local_attention_backward_workspace(p));
   finish(natrpb::cpu::local_attention_backward(p, parallel_for));
-  return {dquery, dkey, dvalue, drpb};
+  return {dquery, rounded(dkey, query), rounded(dvalue, query), drpb};
 }
 
 Tensor local_qk(Tensor query, Tensor key, std::optional<Tensor> rpb, Ints kernel_size, Ints stride, Ints dilation, Ints kind,
@@ -275,11 +279,11 @@ Tensor local_av_transposed(Tensor attn, Tensor x, Ints kernel_size, Ints stride,
   x = with_contiguous_channels(x);
   p.attn = call.view(attn);
   p.dout = call.view(x);
-  Tensor out = call.empty(x, call.sizes(p.value_dim), x.scalar_type());
+  const ScalarType sums = natrpb::cpu::local_av_transposed_is_wide(p) ? ScalarType::Float : x.scalar_type();
+  Tensor out = call.empty(x, call.sizes(p.value_dim), sums);
   p.dvalue = call.view(out);
-  const Tensor memory = call.workspace(x, natrpb::cpu::local_av_transposed_workspace(p));
   finish(natrpb::cpu::local_av_transposed(p, parallel_for));
-  return out;
+  return rounded(out, x);
 }
 
 Tensor local_bias_grad(Tensor dattn, Ints kernel_size, Ints stride, Ints dilation, Ints kind, Ints shift) {
@@ -290,7 +294,6 @@ Tensor local_bias_grad(Tensor dattn, Ints kernel_size, Ints stride, Ints dilatio
   p.attn = call.view(dattn);
   Tensor drpb = call.empty(dattn, call.rpb_sizes(), compute_type(p.dtype));
   p.drpb = drpb.data_ptr();
-  if (dattn.numel() == 0) torch::stable::zero_(drpb);
   const Tensor memory = call.workspace(dattn, natrpb::cpu::local_bias_grad_workspace(p));
   finish(natrpb::cpu::local_bias_grad(p, parallel_for));
   return drpb;

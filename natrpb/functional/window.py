@@ -14,6 +14,7 @@ from ..patterns import Pattern, window_pattern
 from ._checks import AXES, FLOATS, check_head_dim, check_rpb, check_tensor, share_heads
 
 PADDINGS = ("cut", "pad_then_roll", "roll_then_pad")
+SMALL_MAPS = ("axis", "map", "shift")
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
@@ -100,13 +101,25 @@ def window_attention(
     return (out, lse) if return_lse else out
 
 
-def fit_shift(window_size: Sequence[int], shift_size: Sequence[int], spatial: Sequence[int]) -> tuple[int, ...]:
-    """Swin's rule for small maps: no shift on an axis that one window spans.
+def fit_shift(
+    window_size: Sequence[int], shift_size: Sequence[int], spatial: Sequence[int], small_maps: str = "axis"
+) -> tuple[int, ...]:
+    """The shift that is left on maps that one window spans, by one of the rules in use.
 
     Args:
         window_size, shift_size, spatial: one int per axis.
+        small_maps: "axis" drops the shift on every axis no longer than its window (torchvision; timm at construction);
+            "map" drops it on all axes if there is such an axis (official code, Hugging Face); "shift" keeps it
+            (mmdetection).
     """
-    return tuple(0 if length <= w else s for w, s, length in zip(window_size, shift_size, spatial, strict=True))
+    if small_maps not in SMALL_MAPS:
+        raise ValueError(f"small_maps must be one of {', '.join(map(repr, SMALL_MAPS))}, got {small_maps!r}")
+    spanned = [length <= w for length, w in zip(spatial, window_size, strict=True)]
+    if small_maps == "map":
+        spanned = [any(spanned)] * len(spanned)
+    if small_maps == "shift":
+        return tuple(shift_size)
+    return tuple(0 if whole else s for whole, s in zip(spanned, shift_size, strict=True))
 
 
 def pad_to_windows(x: Tensor, window_size: Sequence[int], shift_size: Sequence[int], padding: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import rpb
 from ..convert import to_official
 
+_SWIN_TABLE = ".relative_position_bias_table"
 _WAY_OUT = "download it elsewhere and pass pretrained='path/to/file'"
 
 
@@ -131,7 +132,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
     model.load_state_dict(weights)
     if resized:
-        before, after = (_kernel_size(tables[resized[0]]) for tables in (given, weights))
+        before, after = (_kernel_size(resized[0], tables[resized[0]], model) for tables in (given, weights))
         warnings.warn(f"{source}: {len(resized)} bias tables resized, kernel size {before} to {after}", stacklevel=3)
     if fresh_head:
         classes = given["head.weight"].shape[0]
@@ -149,17 +150,18 @@ def _fit_table(key: str, tensor: Tensor, model: nn.Module, own: Mapping[str, Ten
         return tensor
     if key.endswith(".rpb") and target.shape[0] == tensor.shape[0]:
         return rpb.resize(tensor, [(side + 1) // 2 for side in target.shape[1:]])
-    if key.endswith(".relative_position_bias_table") and target.shape[1] == tensor.shape[1] and _kernel_size(tensor):
-        return rpb.resize_swin(tensor, model.get_submodule(key.rpartition(".")[0]).window_size)
+    if key.endswith(_SWIN_TABLE) and target.shape[1] == tensor.shape[1] and math.isqrt(len(tensor)) ** 2 == len(tensor):
+        return rpb.resize_swin(tensor, model.get_submodule(key.removesuffix(_SWIN_TABLE)).window_size)
     return tensor
 
 
-def _kernel_size(table: Tensor) -> tuple[int, ...]:
-    """K per axis of a table [heads, 2 K_0 - 1, ...], or of Swin's [(2 K - 1)^2, heads]; () where that is no square."""
-    if table.dim() > 2:
+def _kernel_size(key: str, table: Tensor, model: nn.Module) -> tuple[int, ...]:
+    """K per axis of a table that was resized, or of the one that it was resized to; Swin's come from square windows."""
+    if not key.endswith(_SWIN_TABLE):
         return tuple((side + 1) // 2 for side in table.shape[1:])
-    side = math.isqrt(table.shape[0])
-    return ((side + 1) // 2,) * 2 if side * side == table.shape[0] and side % 2 else ()
+    window = model.get_submodule(key.removesuffix(_SWIN_TABLE)).window_size
+    is_own = math.prod(2 * w - 1 for w in window) == len(table)
+    return window if is_own else ((math.isqrt(len(table)) + 1) // 2,) * 2
 
 
 def _some(items: list[str], limit: int = 5) -> str:

@@ -71,7 +71,7 @@ class SwinPyramid(ImageModel):
 
     Args:
         embed_dim: channels C of the first stage; stage i has C * 2^i.
-        depths: blocks per stage; every second one shifts its windows by W // 2, where the map is larger than one.
+        depths: blocks per stage; every second one shifts its windows by W // 2.
         num_heads: heads per stage.
         window_size: W for all stages, (rows, columns) for all, or one W or pair per stage.
         attention_options: per stage, further arguments of the attention.
@@ -85,6 +85,7 @@ class SwinPyramid(ImageModel):
         drop_path_rate: drop probability of the last block; grows linearly from 0.
         padding: what is done on maps that W does not divide: "cut", "pad_then_roll" or "roll_then_pad", see
             `natrpb.WindowAttention`.
+        small_maps: what becomes of the shift where one window spans an axis: "axis", "map" or "shift", see there.
         features_only, out_indices, out_norms: as in `NAT`.
 
     Raises:
@@ -111,6 +112,7 @@ class SwinPyramid(ImageModel):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         padding: str = "cut",
+        small_maps: str = "axis",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
         out_norms: bool = True,
@@ -137,6 +139,7 @@ class SwinPyramid(ImageModel):
                         attn_drop=attn_drop_rate,
                         proj_drop=drop_rate,
                         padding=padding,
+                        small_maps=small_maps,
                         **attention_options[i],
                     ),
                     mlp_ratio,

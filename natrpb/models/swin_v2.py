@@ -47,7 +47,8 @@ class SwinV2(SwinPyramid):
 
     Args:
         pretrained_window_sizes: the windows of the weights that are fine-tuned, one for all stages or one per stage; 0
-            for the model's own. Offsets are measured relative to them, so that the MLP sees known coordinates.
+            for the model's own. Offsets are measured relative to them, so that the MLP sees known coordinates. Where
+            `create_model` is given a window_size, the default is the published windows.
     """
 
     attention_type = WindowAttentionV2

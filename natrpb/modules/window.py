@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import rpb
 from ..functional import window_attention
-from ..functional.window import PADDINGS, crop_from_windows, fit_shift, pad_to_windows
+from ..functional.window import PADDINGS, SMALL_MAPS, crop_from_windows, fit_shift, pad_to_windows
 from ..patterns import window_pattern
 
 POSITION_BIASES = ("table", "shared_table", "dense", "none")
@@ -28,8 +28,7 @@ class WindowAttention(nn.Module):
         dim: channels C.
         window_size: W; an int for a square two-dimensional window, a sequence for one to three axes.
         num_heads: heads h.
-        shift_size: where the windows begin, 0 <= shift_size < W; Swin's shifted blocks use W // 2. On an axis that one
-            window spans there is no shift.
+        shift_size: where the windows begin, 0 <= shift_size < W; Swin's shifted blocks use W // 2.
         head_dim: channels per head d, default C / h.
         qkv_bias: bias of the qkv projection.
         qk_scale: factor on query-key products, default d ** -0.5.
@@ -42,6 +41,8 @@ class WindowAttention(nn.Module):
         padding: what is done where W does not divide the map. "cut": windows end at the border. "pad_then_roll"
             (mmdetection, torchvision, Hugging Face) and "roll_then_pad" (timm) append zero tokens, which attend and are
             attended to with the qkv bias as their query, key and value, and differ in their place in shifted windows.
+        small_maps: what becomes of the shift where one window spans an axis. "axis": dropped on that axis (torchvision,
+            timm); "map": dropped on all axes (official code, Hugging Face); "shift": kept (mmdetection).
 
     Parameters:
         qkv.weight [3 h d, C], qkv.bias [3 h d]: rows packed as (query, key, value), then heads.
@@ -68,13 +69,14 @@ class WindowAttention(nn.Module):
         position_bias: str = "table",
         tau: float | None = None,
         padding: str = "cut",
+        small_maps: str = "axis",
     ) -> None:
         super().__init__()
         if position_bias not in POSITION_BIASES:
             raise ValueError(f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, got {position_bias!r}")
         if tau is not None and tau <= 0:
             raise ValueError(f"tau must be positive, got {tau}")
-        self._configure(dim, window_size, num_heads, shift_size, head_dim, attn_drop, padding)
+        self._configure(dim, window_size, num_heads, shift_size, head_dim, attn_drop, padding, small_maps)
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.tau = tau
         inner = num_heads * self.head_dim
@@ -89,7 +91,7 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
-    def _configure(self, dim, window_size, num_heads, shift_size, head_dim, attn_drop, padding) -> None:
+    def _configure(self, dim, window_size, num_heads, shift_size, head_dim, attn_drop, padding, small_maps) -> None:
         """Checks and keeps what v1 and v2 share."""
         if dim < 1 or num_heads < 1 or (head_dim is None and dim % num_heads):
             raise ValueError(f"dim must be a positive multiple of num_heads, got {dim} and {num_heads}")
@@ -97,13 +99,15 @@ class WindowAttention(nn.Module):
             raise ValueError(f"attn_drop must be between 0 and 1, got {attn_drop}")
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}")
+        if small_maps not in SMALL_MAPS:
+            raise ValueError(f"small_maps must be one of {', '.join(map(repr, SMALL_MAPS))}, got {small_maps!r}")
         pattern = window_pattern(2 if isinstance(window_size, int) else len(window_size), window_size, shift_size)
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.window_size, self.shift_size = pattern.kernel_size, pattern.shift
         self.attn_drop = attn_drop
-        self.padding = padding
+        self.padding, self.small_maps = padding, small_maps
 
     def reset_parameters(self) -> None:
         """Draws the bias from a normal distribution with deviation 0.02, cut at -2 and 2."""
@@ -119,7 +123,7 @@ class WindowAttention(nn.Module):
                 f"{list(self.window_size)}, got {list(x.shape)}"
             )
         spatial = x.shape[1:-1]
-        shift = fit_shift(self.window_size, self.shift_size, spatial)
+        shift = fit_shift(self.window_size, self.shift_size, spatial, self.small_maps)
         x = pad_to_windows(x, self.window_size, shift, self.padding)
         # qkv[b, *, 3, h, d]: the three slices are read in place, with the strides of the projection
         query, key, value = self._project(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
@@ -203,7 +207,7 @@ class WindowAttentionV2(WindowAttention):
     """Swin v2's attention: cosine scores with a learned scale per head, bias from an MLP over offsets (Liu et al. 2022).
 
     Args:
-        dim, window_size, num_heads, shift_size, attn_drop, proj_drop, padding: as in `WindowAttention`.
+        dim, window_size, num_heads, shift_size, attn_drop, proj_drop, padding, small_maps: as in `WindowAttention`.
         pretrained_window_size: the window of the weights that are fine-tuned, 0 for window_size; see
             `ContinuousPositionBias`.
         qkv_bias: bias of queries and values; keys have none.
@@ -229,9 +233,10 @@ class WindowAttentionV2(WindowAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         padding: str = "cut",
+        small_maps: str = "axis",
     ) -> None:
         nn.Module.__init__(self)
-        self._configure(dim, window_size, num_heads, shift_size, None, attn_drop, padding)
+        self._configure(dim, window_size, num_heads, shift_size, None, attn_drop, padding, small_maps)
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
         self.cpb_mlp = ContinuousPositionBias(self.window_size, num_heads, pretrained_window_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)

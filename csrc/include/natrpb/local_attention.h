@@ -61,10 +61,13 @@ namespace cpu {
 // Runs call(body, begin, end) over disjoint ranges that cover [0, count), on any threads; returns when all are done.
 using ParallelFor = void (*)(int64_t count, void* body, void (*call)(void* body, int64_t begin, int64_t end));
 
-// Bytes of params.workspace for the ops that sum over queries; a function of the shapes, never of threads.
+// Bytes of params.workspace for the ops that sum bias gradients; a function of the shapes, never of threads.
 int64_t local_attention_backward_workspace(const LocalAttentionParams& params);
-int64_t local_av_transposed_workspace(const LocalAttentionParams& params);
 int64_t local_bias_grad_workspace(const LocalAttentionParams& params);
+
+// Whether dkey and dvalue must be fp32 tensors although params.dtype is a 16-bit type: parts of their sums meet in memory.
+bool local_attention_backward_is_wide(const LocalAttentionParams& params);
+bool local_av_transposed_is_wide(const LocalAttentionParams& params);
 
 // query, key, value, rpb -> out, lse
 Status local_attention_forward(const LocalAttentionParams& params, ParallelFor parallel_for);
