@@ -18,16 +18,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRST_STAGE = NAT_STAGES[0]  # [1, 56, 56, 2, 32], K = 7
 STAGES = [FIRST_STAGE, replace(FIRST_STAGE, batch=8), *NAT_STAGES[1:3]]
 FAR = Case((56, 56), 13, heads=4, head_dim=32)
-LENGTHS = [Case((4096,), k, head_dim=32) for k in (7, 31, 127)]
-VOLUMES = [Case((8, 28, 28), k, head_dim=32) for k in (3, 5, 7)]
+LENGTHS = [Case((3136,), k, head_dim=32) for k in (7, 31, 127)]  # as many tokens as 56 x 56
+VOLUMES = [Case((8, 14, 28), k, head_dim=32) for k in (3, 5, 7)]  # the same
 DILATED = [replace(FIRST_STAGE, dilation=d) for d in (2, 8)]
-CAUSAL = [replace(FIRST_STAGE, is_causal=True), Case((4096,), 31, is_causal=True, head_dim=32)]
+CAUSAL = [replace(FIRST_STAGE, is_causal=True), Case((3136,), 31, is_causal=True, head_dim=32)]
 HEAD_DIMS = [replace(FIRST_STAGE, head_dim=head_dim) for head_dim in (16, 24, 64, 128)]
 WINDOWS = [Case((56, 56), 7, shift=shift, batch=8, heads=3, head_dim=32) for shift in (0, 3)]
 
+# Compiled peers take tens of seconds to set up, and plain training steps take seconds: few cases have them all.
+ALL = ("gather", "unfold", "SDPA", "torch.compile", "FlexAttention", "NATTEN")
 EAGER = ("gather", "unfold", "SDPA", "NATTEN")
-ALL = ("gather", "unfold", "SDPA", "torch.compile", "FlexAttention", "NATTEN")  # the compiled ones take seconds to set up
 FEW = ("gather", "SDPA")
+ONE = ("gather",)
 
 
 def workload(
@@ -44,9 +46,22 @@ def _seeded(make: Callable[..., Problem], *arguments, **options) -> Problem:
     return make(*arguments, **options)
 
 
-def neighborhoods(group: str, cases: list[Case], wanted, modes=(False, True), dtype: str = "fp32", **options) -> list[Workload]:
-    make = neighborhood_problem
-    return [workload(group, case, make, train, dtype, wanted=wanted, **options) for case in cases for train in modes]
+def neighborhoods(
+    group: str,
+    cases: list[Case],
+    forward: tuple[str, ...] | None,
+    train: tuple[str, ...] | None,
+    dtype: str = "fp32",
+    **options,
+) -> list[Workload]:
+    """Every case forward and in training, beside the peers named for each; None leaves that mode out."""
+    modes = [(False, forward), (True, train)]
+    return [
+        workload(group, case, neighborhood_problem, mode, dtype, wanted=wanted, **options)
+        for case in cases
+        for mode, wanted in modes
+        if wanted is not None
+    ]
 
 
 def sweep(quantity: str, cases: dict[int, Case]) -> list[Workload]:
@@ -62,17 +77,18 @@ def all_workloads() -> list[Workload]:
     two = "Neighborhood attention, two axes"
     window = "Windows 7x7"
     return [
-        *neighborhoods(two, STAGES[:1], ALL),
-        *neighborhoods(two, STAGES[1:], EAGER),
-        *neighborhoods(two, [FAR], (*FEW, "FlexAttention"), modes=(False,)),
-        *neighborhoods(two, [FAR], FEW, modes=(True,)),
-        *neighborhoods(two, STAGES[:2], FEW, modes=(False,), dtype="bf16"),
-        *neighborhoods(two, STAGES[:1], (), what="qkv slices: ", packed=True),
-        *neighborhoods("One axis", LENGTHS, FEW),
-        *neighborhoods("Three axes", VOLUMES, FEW),
-        *neighborhoods("Dilated", DILATED, FEW),
-        *neighborhoods("Causal", CAUSAL, FEW),
-        *neighborhoods("Head dimensions", HEAD_DIMS, FEW),
+        *neighborhoods(two, STAGES[:1], ALL, ALL),
+        *neighborhoods(two, STAGES[1:2], FEW, ONE),
+        *neighborhoods(two, STAGES[2:3], (*EAGER, "FlexAttention"), EAGER),
+        *neighborhoods(two, STAGES[3:], EAGER, EAGER),
+        *neighborhoods(two, [FAR], (*FEW, "FlexAttention"), ONE),
+        *neighborhoods(two, STAGES[:2], FEW, None, dtype="bf16"),
+        *neighborhoods(two, STAGES[:1], (), (), what="qkv slices: ", packed=True),
+        *neighborhoods("One axis", LENGTHS, FEW, ONE),
+        *neighborhoods("Three axes", VOLUMES, FEW, ONE),
+        *neighborhoods("Dilated", DILATED, FEW, ONE),
+        *neighborhoods("Causal", CAUSAL, FEW, ONE),
+        *neighborhoods("Head dimensions", HEAD_DIMS, ONE, ONE),
         *[
             workload("Unfused", FIRST_STAGE, unfused_problem, train, what=f"{which} ", which=which)
             for which in ("qk", "av")
@@ -102,6 +118,6 @@ QUICK = (
 def quick_workloads() -> list[Workload]:
     """A minute's worth, without anything that has to be compiled first."""
     return [
-        *neighborhoods("Neighborhood attention, two axes", list(QUICK), EAGER),
+        *neighborhoods("Neighborhood attention, two axes", list(QUICK), EAGER, EAGER),
         *[workload("Windows 7x7", WINDOWS[1], window_problem, train) for train in (False, True)],
     ]

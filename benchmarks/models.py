@@ -40,7 +40,6 @@ def attention_share(call: Callable[[], object]) -> float:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         with torch.profiler.record_function("whole"):
             call()
-    # Backward runs in the calling thread's time but, on its own autograd thread, outside of its events: hence the span.
     events = profiled.events()
     whole = next(event for event in events if event.name == "whole").time_range.elapsed_us()
 
@@ -68,9 +67,10 @@ def attention_flops(model: torch.nn.Module, side: int, batch: int, train: bool) 
     return sum(flops for flops, _ in sizes), sum(size for _, size in sizes)
 
 
-def make_problem(name: str, batch: int, train: bool, side: int = 224) -> Problem:
+def make_problem(name: str, batch: int, train: bool, side: int = 224, **overrides) -> Problem:
+    """A model of this library on random square images, its parameters among the inputs; `overrides` go to `create_model`."""
     torch.manual_seed(0)
-    model = natrpb.create_model(name, drop_path_rate=0.0).train(train)
+    model = natrpb.create_model(name, drop_path_rate=0.0, **overrides).train(train)
     parameters = {key.replace(".", "/"): value.detach() for key, value in model.named_parameters()}
     images = torch.randn(batch, 3, side, side)
 

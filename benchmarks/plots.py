@@ -8,9 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from .harness import Line
 from .report import Results
@@ -76,7 +74,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _draw_sweep(quantity: str, by_threads: dict[int, list[Line]], path: Path) -> None:
     of, cost = COST[quantity]
-    figure, axes = pyplot.subplots(figsize=(5.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    axes = figure.add_subplot()
     for threads, lines in by_threads.items():
         xs, ys = [line.x for line in lines], [line.ours.median * 1e3 for line in lines]
         label = f"{threads} thread{'s' if threads > 1 else ''}"
@@ -95,7 +94,8 @@ def _draw_sweep(quantity: str, by_threads: dict[int, list[Line]], path: Path) ->
 
 
 def _draw_threads(scaling: dict[str, list[Line]], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     counts = sorted({line.threads for lines in scaling.values() for line in lines})
     for name, lines in scaling.items():
         speedup = [lines[0].ours.median / line.ours.median for line in lines]
@@ -106,6 +106,6 @@ def _draw_threads(scaling: dict[str, list[Line]], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: pyplot.Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None})  # the same results make the same file
-    pyplot.close(figure)
+def _save(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context({"svg.hashsalt": "natrpb"}):  # with no date either: the same results make the same file
+        figure.savefig(path, metadata={"Date": None})

@@ -89,15 +89,17 @@ def interleave(
         peaks: peak memory by name, to be reported along.
         sample: takes one sample; tests replace it.
     """
-    once = {name: sample(call, 1).seconds for name, call in calls.items()}
+    samples: dict[str, list[Sample]] = {name: [sample(call, 1)] for name, call in calls.items()}
+    once = {name: first.seconds for name, (first,) in samples.items()}
     for name, call in calls.items():
+        if once[name] <= LONG_CALL:
+            samples[name].clear()
         if once[name] < QUICK_CALL:  # a disturbed first look would set too few calls a sample
             once[name] = min(once[name], *(sample(call, 1).seconds for _ in range(5)))
     repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / seconds)) for name, seconds in once.items()}
     lasting = {name: seconds * repeats[name] for name, seconds in once.items()}
     slowest, share = max(lasting.values()), budget / len(calls)
     per_round = {name: max(1, min(10, int(slowest / seconds))) for name, seconds in lasting.items()}
-    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
 
     def wants_more(name: str) -> bool:

@@ -110,11 +110,16 @@ def window_pattern(ndim: int, window_size, shift_size=0) -> Pattern:
 
 
 def check_fits(pattern: Pattern, spatial: Sequence[int]) -> None:
-    """Raises ValueError where a neighborhood axis is shorter than kernel_size * dilation (windows fit any length)."""
+    """Raises ValueError where a neighborhood axis is shorter than kernel_size * dilation.
+
+    Windows fit any length, and an empty map holds no query that could miss a key.
+    """
+    if 0 in spatial:
+        return
     for axis, length in enumerate(spatial):
         k, d = pattern.kernel_size[axis], pattern.dilation[axis]
         if pattern.kind[axis] != WINDOW and k * d > length:
             raise ValueError(
-                f"kernel_size * dilation must not exceed the input's length on every axis, "
-                f"got {k} * {d} > {length} on axis {axis}"
+                f"kernel_size * dilation must not exceed the input's length on every axis, got {k} * {d} > {length} "
+                f"on axis {axis}"
             )

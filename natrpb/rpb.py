@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .patterns import neighborhood_pattern, per_axis, window_pattern
+from .patterns import check_fits, neighborhood_pattern, per_axis, window_pattern
 
 
 def nat_index(spatial: int | Sequence[int], kernel_size, dilation=1, stride=1, is_causal=False) -> Tensor:
@@ -27,8 +27,9 @@ def nat_index(spatial: int | Sequence[int], kernel_size, dilation=1, stride=1, i
     Returns:
         int64 [N, T], N positions, T = product of kernel sizes; slots without a key (causal) repeat the last valid one.
     """
-    spatial = (spatial,) if isinstance(spatial, int) else tuple(spatial)
+    spatial = _lengths("spatial", spatial, 1)
     pattern = neighborhood_pattern(len(spatial), kernel_size, stride, dilation, is_causal)
+    check_fits(pattern, spatial)
     return reference.pattern_index(pattern, spatial)[1]
 
 
@@ -41,7 +42,7 @@ def swin_index(window_size: int | Sequence[int]) -> Tensor:
     Returns:
         int64 [N, N] with N = product of the window's sides (Liu et al. 2021, section 3.2).
     """
-    window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+    window = _lengths("window_size", window_size, 2)
     pattern = window_pattern(len(window), window)
     relative = reference.pattern_index(pattern, window)[1]  # key minus query
     entries = math.prod(pattern.rpb_shape)
@@ -61,6 +62,7 @@ def swin_to_nat(table: Tensor, window_size: int | Sequence[int] | None = None) -
     Raises:
         ValueError: the rows do not match the window.
     """
+    _check_table("table", table, "[(2 W_0 - 1) * ..., heads]", ranks=(2,))
     sides = _table_sides(table, window_size)
     grid = table.t().unflatten(1, sides)
     return grid.flip(tuple(range(1, grid.dim())))
@@ -68,22 +70,19 @@ def swin_to_nat(table: Tensor, window_size: int | Sequence[int] | None = None) -
 
 def nat_to_swin(table: Tensor) -> Tensor:
     """The inverse of `swin_to_nat`: [heads, 2 W_0 - 1, ...] -> [(2 W_0 - 1) * ..., heads]."""
-    if table.dim() < 2:
-        raise ValueError(f"table must have shape [heads, 2 W_0 - 1, ...], got {list(table.shape)}")
+    _check_table("table", table, "[heads, 2 W_0 - 1, ...]")
     return table.flip(tuple(range(1, table.dim()))).flatten(1).t()
 
 
 def _table_sides(table: Tensor, window_size) -> tuple[int, ...]:
-    if table.dim() != 2:
-        raise ValueError(f"table must have shape [(2 W_0 - 1) * ..., heads], got {list(table.shape)}")
     rows = table.shape[0]
     if window_size is None:
         side = math.isqrt(rows)
         if side * side != rows or side % 2 == 0:
             raise ValueError(f"table has {rows} rows, not (2 W - 1)^2: pass window_size")
         return (side, side)
-    window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-    sides = tuple(2 * w - 1 for w in window)
+    window = _lengths("window_size", window_size, 2)
+    sides = window_pattern(len(window), window).rpb_shape
     if math.prod(sides) != rows:
         raise ValueError(f"a window of {window} needs {math.prod(sides)} table rows, got {rows}")
     return sides
@@ -99,11 +98,11 @@ def dense_bias(rpb: Tensor, window_size: int | Sequence[int]) -> Tensor:
     Returns:
         [heads, N, N] indexed (head, query, key); differentiable.
     """
-    window = per_axis("window_size", window_size, rpb.dim() - 1)
-    pattern = window_pattern(len(window), window)
+    _check_table("rpb", rpb, "[heads, 2 W_0 - 1, ...]")
+    pattern = window_pattern(rpb.dim() - 1, window_size)
     if tuple(rpb.shape[1:]) != pattern.rpb_shape:
         raise ValueError(f"rpb must have shape [heads, {', '.join(map(str, pattern.rpb_shape))}], got {list(rpb.shape)}")
-    return reference.local_bias(rpb, pattern, window).flatten(1, -2)
+    return reference.local_bias(rpb, pattern, pattern.kernel_size).flatten(1, -2)
 
 
 def resize(rpb: Tensor, kernel_size, mode: str = "bicubic", align_corners: bool = False) -> Tensor:
@@ -123,13 +122,12 @@ def resize(rpb: Tensor, kernel_size, mode: str = "bicubic", align_corners: bool 
     Raises:
         ValueError: another shape or mode.
     """
-    if rpb.dim() != 3:
-        raise ValueError(f"rpb must have shape [heads, 2 K_0 - 1, 2 K_1 - 1], got {list(rpb.shape)}")
+    _check_table("rpb", rpb, "[heads, 2 K_0 - 1, 2 K_1 - 1]", ranks=(3,))
     if mode not in ("bicubic", "bilinear", "geometric"):
         raise ValueError(f"mode must be 'bicubic', 'bilinear' or 'geometric', got {mode!r}")
     if align_corners and mode == "geometric":
         raise ValueError("align_corners is not defined for mode 'geometric'")
-    size = tuple(2 * k - 1 for k in per_axis("kernel_size", kernel_size, 2))
+    size = neighborhood_pattern(2, kernel_size).rpb_shape
     if tuple(rpb.shape[1:]) == size:
         return rpb
     compute = rpb.to(torch.promote_types(rpb.dtype, torch.float32))
@@ -190,8 +188,8 @@ def log_spaced_coords(window_size: int | Sequence[int], pretrained_window_size: 
     Returns:
         fp32 [2 W_0 - 1, 2 W_1 - 1, 2], in Swin's order (query minus key); for n axes [2 W_0 - 1, ..., n].
     """
-    ndim = 2 if isinstance(window_size, int) else len(window_size)
-    window = per_axis("window_size", window_size, ndim)
+    ndim = len(_lengths("window_size", window_size, 2))
+    window = window_pattern(ndim, window_size).kernel_size
     pretrained = per_axis("pretrained_window_size", pretrained_window_size, ndim)
     axes = []
     for w, p in zip(window, pretrained):
@@ -199,3 +197,21 @@ def log_spaced_coords(window_size: int | Sequence[int], pretrained_window_size: 
         axes.append(steps * 8 / max((p if p > 0 else w) - 1, 1))
     coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     return coords.sign() * torch.log2(coords.abs() + 1) / math.log2(8)
+
+
+def _lengths(name: str, given, ndim: int) -> tuple[int, ...]:
+    """One to three integers, one per axis; a single one stands for `ndim` axes."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return (given,) * ndim
+    if isinstance(given, Sequence) and not isinstance(given, str) and 1 <= len(given) <= 3:
+        return per_axis(name, given, len(given))
+    raise TypeError(f"{name} must be an int or one to three of them, got {given!r}")
+
+
+def _check_table(name: str, table, layout: str, ranks: tuple[int, ...] = (2, 3, 4)) -> None:
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor {layout}, got {getattr(table, 'dtype', type(table).__name__)}")
+    if table.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {table.layout}")
+    if table.dim() not in ranks or 0 in table.shape:
+        raise ValueError(f"{name} must have shape {layout}, got {list(table.shape)}")

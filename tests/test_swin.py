@@ -126,8 +126,11 @@ def test_what_is_known_of_published_weights():
     assert config["input_size"] == (3, 256, 256) and config["crop_pct"] == 0.875
     assert model_entry("swin_base_patch4_window12_384").pretrained_cfg()["crop_pct"] == 1.0
     assert model_entry("swin_large_patch4_window7_224_22k").num_classes == 21841
-    for name in PARAMETERS:
-        assert model_entry(name).url.startswith("https://github.com/SwinTransformer/storage/releases/download/v")
+    urls = {model_entry(name).url for name in PARAMETERS}
+    assert len(urls) == len(PARAMETERS)
+    assert all(url.startswith("https://github.com/SwinTransformer/storage/releases/download/v") for url in urls)
+    ids = [model_entry(name).hf_id for name in PARAMETERS if model_entry(name).hf_id]
+    assert len(set(ids)) == len(ids) == 22
 
 
 # Image sizes: every map divided by its windows; none divided; non-square windows.

@@ -92,15 +92,14 @@ def test_equals_dense_attention_within_blocks(spatial, window, shift, version):
 @pytest.mark.parametrize("window, shift", [((4, 4), (2, 2)), ((4, 3), (1, 2)), ((2, 6), (0, 3))], ids=str)
 def test_equals_roll_partition_mask_and_reverse(window, shift):
     """Liu et al. 2021, section 3.2: cyclic shift, then windows in which tokens of different regions do not see each other."""
-    (height, width), batch, heads, dim = (8, 12), 2, 2, 4
-    *tensors, table = inputs((height, width), window)
+    (height, width), batch, dim = (8, 12), 2, 4
+    *tensors, table = inputs((height, width), window, head_dim=dim, batch=batch)
     counts = height // window[0], width // window[1]
 
     def windows(x: Tensor) -> Tensor:  # [B, H, W, ...] -> [B, windows, N, ...]
         x = x.roll((-shift[0], -shift[1]), (1, 2)).unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0]))
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    region = torch.arange(height)[:, None] // shift[0] * 100 if shift[0] else torch.zeros(height, 1)
     before = [torch.arange(side) < s for side, s in zip((height, width), shift)]
     region = before[0][:, None].long() * 2 + before[1].long()
     region = windows(region[None, ..., None].expand(batch, -1, -1, 1))[..., 0]

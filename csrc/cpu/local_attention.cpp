@@ -39,6 +39,12 @@ bool is_empty(const LocalAttentionParams& params) {
   return positions == 0;
 }
 
+int64_t table_entries(const LocalAttentionParams& params) {
+  int64_t entries = 1;
+  for (const Axis& axis : params.axis) entries *= 2 * axis.kernel_size - 1;
+  return entries;
+}
+
 size_t element_bytes(const LocalAttentionParams& params) {
   return params.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
 }
@@ -86,11 +92,12 @@ void merge_bias(const LocalAttentionParams& params, const Plan& plan) {
 
 Status run(const LocalAttentionParams& params, Op op, ParallelFor parallel_for) {
   const Needs needs = needs_of(op, params);
-  const Plan plan = plan_of(params, op);
   if (is_empty(params)) {
-    if (needs.dbias) std::memset(params.drpb, 0, static_cast<size_t>(params.heads * plan.table) * element_bytes(params));
+    if (needs.dbias)
+      std::memset(params.drpb, 0, static_cast<size_t>(params.heads * table_entries(params)) * element_bytes(params));
     return {};
   }
+  const Plan plan = plan_of(params, op);
   const int64_t bytes = kernels().scratch_bytes(params, plan, op);
   std::atomic<bool> out_of_memory = false;
   // Boxes that share keys take turns by color: the sums of one key are formed in the order of the colors.
@@ -129,10 +136,10 @@ int64_t local_attention_backward_workspace(const LocalAttentionParams& params) {
 int64_t local_bias_grad_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kBiasGrad); }
 
 bool local_attention_backward_is_wide(const LocalAttentionParams& params) {
-  return is_half(params) && plan_of(params, Op::kBackward).keys_shared;
+  return is_half(params) && !is_empty(params) && plan_of(params, Op::kBackward).keys_shared;
 }
 bool local_av_transposed_is_wide(const LocalAttentionParams& params) {
-  return is_half(params) && plan_of(params, Op::kAvTransposed).keys_shared;
+  return is_half(params) && !is_empty(params) && plan_of(params, Op::kAvTransposed).keys_shared;
 }
 
 Status local_attention_forward(const LocalAttentionParams& params, ParallelFor parallel_for) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,18 @@ def check_tensor(name, given, rank, layout, like=None):
             raise TypeError(f"{name} must have query's dtype, {like.dtype}, got {given.dtype}")
 
 
+def finite_float(name, given) -> float:
+    """The number as a float; ValueError where it is none or not finite."""
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        try:
+            number = float(given)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"{name} must be a finite number or None, got {given!r}")
+
+
 def check_head_dim(*dims):
     for dim in dims:
         if dim < 1:
@@ -38,6 +52,8 @@ def check_rpb(rpb, heads, pattern: Pattern, device):
         return
     if not isinstance(rpb, Tensor) or rpb.dtype not in FLOATS:
         raise TypeError(f"rpb must be a floating-point tensor or None, got {getattr(rpb, 'dtype', type(rpb).__name__)}")
+    if rpb.layout != torch.strided:
+        raise TypeError(f"rpb must be a dense tensor, got {rpb.layout}")
     expected = (heads, *pattern.rpb_shape)
     if tuple(rpb.shape) != expected:
         raise ValueError(f"rpb must have shape {list(expected)} (heads, 2 K - 1 per axis), got {list(rpb.shape)}")

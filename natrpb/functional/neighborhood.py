@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..patterns import check_fits, neighborhood_pattern
-from ._checks import AXES, check_head_dim, check_rpb, check_tensor, share_heads
+from ._checks import AXES, check_head_dim, check_rpb, check_tensor, finite_float, share_heads
 
 
 def na1d(
@@ -166,16 +164,12 @@ def _neighborhood_attention(
         raise ValueError(f"key must have query's shape but for heads, {list(query.shape)}, got {list(key.shape)}")
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}")
-    if query.numel():
-        check_fits(pattern, query.shape[1:-2])
+    check_fits(pattern, query.shape[1:-2])
     heads, head_dim = query.shape[-2:]
     check_head_dim(head_dim, value.shape[-1])
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
-    if scale is None:
-        scale = head_dim**-0.5
-    elif isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
     check_rpb(rpb, heads, pattern, query.device)
     _check_additional(additional_keys, additional_values, key, value)
 
@@ -183,9 +177,9 @@ def _neighborhood_attention(
     if additional_keys is not None:
         additional_keys, additional_values = (share_heads(x, heads) for x in (additional_keys, additional_values))
     if dropout_p > 0:
-        out, lse = _with_dropout(query, key, value, rpb, pattern, float(scale), additional_keys, additional_values, dropout_p)
+        out, lse = _with_dropout(query, key, value, rpb, pattern, scale, additional_keys, additional_values, dropout_p)
     else:
-        out, lse = ops.local_attention(query, key, value, rpb, pattern, float(scale))
+        out, lse = ops.local_attention(query, key, value, rpb, pattern, scale)
         if additional_keys is not None:
             out, lse = _merge_additional(out, lse, query, additional_keys, additional_values, scale)
     return (out, lse) if return_lse else out
@@ -226,8 +220,7 @@ def _qk(ndim, query, key, kernel_size, dilation, is_causal, rpb):
     pattern = neighborhood_pattern(ndim, kernel_size, 1, dilation, is_causal)
     if key.shape != query.shape:
         raise ValueError(f"key must have query's shape, {list(query.shape)}, got {list(key.shape)}")
-    if query.numel():
-        check_fits(pattern, query.shape[2:-1])
+    check_fits(pattern, query.shape[2:-1])
     check_head_dim(query.shape[-1])
     check_rpb(rpb, query.shape[1], pattern, query.device)
     return ops.local_qk(query, key, rpb, pattern)
@@ -245,8 +238,7 @@ def _av(ndim, attn, value, kernel_size, dilation, is_causal):
             f"attn must have shape {[*value.shape[:-1], pattern.num_slots]} (value's, with one weight per slot), "
             f"got {list(attn.shape)}"
         )
-    if value.numel():
-        check_fits(pattern, value.shape[2:-1])
+    check_fits(pattern, value.shape[2:-1])
     check_head_dim(value.shape[-1])
     return ops.local_av(attn.to(value.dtype), value, pattern)
 
