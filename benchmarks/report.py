@@ -99,7 +99,7 @@ def disturbance(lines: list[Line]) -> tuple[int, int, list[str]]:
     """Samples taken and rejected, and the lines where at least half of our own samples were."""
     timings: list[Timing] = [timing for line in lines for timing in line.timings.values()]
     doubtful = [
-        f"{line.name}, {line.threads} threads"
+        f"{line.name}, {line.threads} thread{'s' if line.threads > 1 else ''}"
         for line in lines
         if not line.refused and 2 * line.ours.rejected >= line.ours.samples
     ]
@@ -148,7 +148,8 @@ def footnotes(results: Results) -> Iterator[str]:
     samples, rejected, doubtful = disturbance(results.lines)
     yield f"{rejected} of {samples} samples were disturbed and do not count."
     if doubtful:
-        yield f"Measured under disturbance (half of our samples rejected): {'; '.join(doubtful)}."
+        which = "; ".join(doubtful) if len(doubtful) <= 8 else f"{len(doubtful)} of {len(results.lines)} lines"
+        yield f"Measured under disturbance (at least half of our samples rejected): {which}."
 
 
 def markdown(results: Results) -> str:

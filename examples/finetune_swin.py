@@ -102,6 +102,7 @@ def draw(columns: dict[str, Tensor], path: Path) -> None:
             edges = (-half - 0.5, half + 0.5, half + 0.5, -half - 0.5)
             picture = panel.imshow(table, cmap="RdBu_r", vmin=-reach, vmax=reach, extent=edges)
             panel.set_title(title if head == 0 else "")
+            panel.locator_params(integer=True)
             panel.set_ylabel(f"head {head}\nrows from the query" if column == 0 else "")
             panel.set_xlabel("columns from the query" if head == heads - 1 else "")
     figure.colorbar(picture, ax=panels, label="bias added to the score")
@@ -111,7 +112,7 @@ def draw(columns: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a small Swin at another window size than its checkpoint's.")
     parser.add_argument("--epochs", type=int, default=24, help="of training at 16x16 with windows of 4")
-    parser.add_argument("--tune-epochs", type=int, default=6, help="of fine-tuning at 24x24 with windows of 6")
+    parser.add_argument("--tune-epochs", type=int, default=10, help="of fine-tuning at 24x24 with windows of 6")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the weights and the picture go")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def main() -> None:
     model = create_model("swin_tiny_patch4_window7_224", window_size=6, pretrained=checkpoint, **MODEL)
     resized = first_tables(model)
     print(f"24x24, windows of 6, as loaded:     {accuracy(model, large[:HELD_OUT], test_labels):.1%}")
-    train(model, large[HELD_OUT:], train_labels, options.tune_epochs, 1e-3, "fine-tune, window 6")
+    train(model, large[HELD_OUT:], train_labels, options.tune_epochs, 2e-3, "fine-tune, window 6")
     print(f"24x24, windows of 6, fine-tuned:    {accuracy(model, large[:HELD_OUT], test_labels):.1%}")
 
     picture = options.out / "finetune_swin.png"

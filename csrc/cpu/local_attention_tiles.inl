@@ -55,36 +55,35 @@ struct ScoreArgs {
   T* score[kRowTile];  // [slots][kLanes], of every query row
 };
 
-// score[r][t] += sum_c query[r][c] * key[c][t]
+// score[r][t] += sum_c query[r][c] * key[c][t], summed in runs of channels: a single long chain of fp32 additions, begun from a
+// large bias at that, would err several times more.
 template <class T, int ROWS, int SLOTS, Reach R>
 void score_tile(const ScoreArgs<T>& args) {
   constexpr int L = kLanes<T>;
-  Vec<T> acc[ROWS][SLOTS];
-  unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-    unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-      constexpr int i = decltype(r)::value, j = decltype(t)::value;
-      acc[i][j] = load(args.score[i] + j * L);
-    });
-  });
+  constexpr int64_t kRun = 32;
   const LaneMap<T> lanes = *args.key_lanes;
   const int64_t depth = args.depth;
   const T* key = args.key;
   const T* query = args.query;
-  for (int64_t c = 0; c < depth; ++c, key += args.pitch, query += L) {
-    Vec<T> q[ROWS];
-    unroll<ROWS>([&](auto r) NATRPB_LAMBDA { q[decltype(r)::value] = load(query + decltype(r)::value * depth * L); });
-    unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-      constexpr int j = decltype(t)::value;
-      const Vec<T> k = load_lanes<T, R>(key + j, lanes);
-      unroll<ROWS>([&](auto r) NATRPB_LAMBDA { acc[decltype(r)::value][j] += q[decltype(r)::value] * k; });
+  for (int64_t begin = 0; begin < depth; begin += kRun) {
+    Vec<T> acc[ROWS][SLOTS] = {};
+    for (int64_t c = min_of(kRun, depth - begin); c > 0; --c, key += args.pitch, query += L) {
+      Vec<T> q[ROWS];
+      unroll<ROWS>([&](auto r) NATRPB_LAMBDA { q[decltype(r)::value] = load(query + decltype(r)::value * depth * L); });
+      unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
+        constexpr int j = decltype(t)::value;
+        const Vec<T> k = load_lanes<T, R>(key + j, lanes);
+        unroll<ROWS>([&](auto r) NATRPB_LAMBDA { acc[decltype(r)::value][j] += q[decltype(r)::value] * k; });
+      });
+    }
+    unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
+      unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
+        constexpr int i = decltype(r)::value, j = decltype(t)::value;
+        T* score = args.score[i] + j * L;
+        store(score, load(score) + acc[i][j]);
+      });
     });
   }
-  unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-    unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-      constexpr int i = decltype(r)::value, j = decltype(t)::value;
-      store(args.score[i] + j * L, acc[i][j]);
-    });
-  });
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/yardstick.h"
 #include "natrpb/geometry.h"
 
 namespace py = pybind11;
@@ -106,6 +107,18 @@ PYBIND11_MODULE(_core, m) {
       },
       "Instruction sets that this machine can run, narrowest first.");
   m.def("isa", [] { return natrpb::cpu::isa_name(natrpb::cpu::active_isa()); }, "The instruction set that the kernels use.");
+  m.def(
+      "fma_gflops", [](double seconds) { return natrpb::cpu::fma_gflops(natrpb::cpu::active_isa(), seconds); },
+      py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+      "fp32 GFLOP/s of multiply-adds in registers, by the calling thread and the instruction set in use.");
+  m.def(
+      "stream_gbytes",
+      [](bool triad, int64_t elements, double seconds) {
+        using natrpb::cpu::Stream;
+        return natrpb::cpu::stream_gbytes(triad ? Stream::kTriad : Stream::kCopy, elements, seconds);
+      },
+      py::arg("triad"), py::arg("elements"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+      "GB/s of copying (or a[i] = b[i] + 3 c[i]) arrays of fp32 elements, by the calling thread.");
   m.def(
       "build_info",
       [] {

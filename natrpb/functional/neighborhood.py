@@ -208,9 +208,9 @@ def _merge_additional(out, lse, query, additional_keys, additional_values, scale
     scores = torch.einsum("b...hd,bthd->b...ht", query.to(lse.dtype), additional_keys.to(lse.dtype)) * scale
     extra_lse = scores.logsumexp(-1)
     extra = torch.einsum("b...ht,bthd->b...hd", scores.softmax(-1), additional_values.to(lse.dtype))
-    total = torch.logaddexp(lse, extra_lse)
-    merged = out * (lse - total).exp()[..., None] + extra * (extra_lse - total).exp()[..., None]
-    return merged.to(out.dtype), total
+    # The shares exp(lse - total) as sigmoids, which sum to one however large the scores are.
+    merged = out * (lse - extra_lse).sigmoid()[..., None] + extra * (extra_lse - lse).sigmoid()[..., None]
+    return merged.to(out.dtype), torch.logaddexp(lse, extra_lse)
 
 
 def _qk(ndim, query, key, kernel_size, dilation, is_causal, rpb):

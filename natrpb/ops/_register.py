@@ -30,8 +30,12 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
 
 
 def below_autograd(name: str, *args):
-    """Calls `natrpb::name` past its autograd kernel."""
-    with torch._C._AutoDispatchBelowAutograd():
+    """Calls `natrpb::name` past its autograd kernel.
+
+    NB: `Function.forward` runs with both grad modes off, but under nested transforms of torch.func the op goes on to the next
+    level's autograd from here, and that level must record it.
+    """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.natrpb, name).default(*args)
 
 

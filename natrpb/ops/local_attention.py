@@ -24,7 +24,7 @@ _NEG_INF = float("-inf")
 def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, pattern: Pattern, scale: float):
     """See `natrpb.reference.local_attention`: heads-last tensors in, (out, lse) out; rpb in any float dtype."""
     if not _ext.runs_compiled(query.device):
-        return reference.local_attention(query, key, value, rpb, pattern, scale)
+        return _on_reference(reference.local_attention, 3, query, key, value, rpb, pattern, scale)
     rpb = None if rpb is None else rpb.to(_wide(query.dtype))
     return torch.ops.natrpb.local_attention_forward(query, key, value, rpb, *pattern, scale)
 
@@ -32,7 +32,7 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | Non
 def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, fill: float = _NEG_INF) -> Tensor:
     """See `natrpb.reference.local_qk`: heads-first tensors in, [B, h, *, T] out; rpb in any float dtype."""
     if not _ext.runs_compiled(query.device):
-        return reference.local_qk(query, key, rpb, pattern, fill)
+        return _on_reference(reference.local_qk, 2, query, key, rpb, pattern, fill)
     rpb = None if rpb is None else rpb.to(_wide(query.dtype))
     return torch.ops.natrpb.local_qk(query, key, rpb, *pattern, fill)
 
@@ -40,7 +40,7 @@ def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, f
 def local_av(attn: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_av`: attn [B, h, *, T] and value [B, h, *, Dv] of one dtype in, [B, h, *, Dv] out."""
     if not _ext.runs_compiled(value.device):
-        return reference.local_av(attn, value, pattern)
+        return _on_reference(reference.local_av, 2, attn, value, pattern)
     return torch.ops.natrpb.local_av(attn, value, *pattern)
 
 
@@ -61,6 +61,17 @@ def local_bias_grad(dattn: Tensor, pattern: Pattern) -> Tensor:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, lse and bias tables: fp32, fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _on_reference(function, casts: int, *args):
+    """Calls the reference; under autocast with the first `casts` tensors cast, as the compiled op casts them."""
+    device = args[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return function(*args)
+    dtype = torch.get_autocast_dtype(device)
+    cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:casts])
+    with torch.autocast(device, enabled=False):
+        return function(*cast, *args[casts:])
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
