@@ -36,10 +36,11 @@ def with_plain_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def attention_share(call: Callable[[], object]) -> float:
-    """The part of a call's time that is spent in natrpb's ops, from one profiled call."""
+    """The part of a call's time that is spent in natrpb's ops, from a few profiled calls."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         with torch.profiler.record_function("whole"):
-            call()
+            for _ in range(3):
+                call()
     events = profiled.events()
     whole = next(event for event in events if event.name == "whole").time_range.elapsed_us()
 

@@ -73,13 +73,14 @@ def cells(line: Line, limits: dict[str, float]) -> list[str]:
     if line.refused:
         return [line.name, str(line.threads), "refused: " + line.refused, "", "", ""]
     ours = line.ours
+    seconds = ours.median * (1 if line.attention_share is None else line.attention_share)
     name = line.name if line.attention_share is None else f"{line.name}, {100 * line.attention_share:.0f}% in attention"
     return [
         name,
         str(line.threads),
         f"{milliseconds(ours.median)} ({milliseconds(ours.minimum)})",
-        rate(line.flops / ours.median * 1e-9, limits["fma_gflops"]),
-        rate(line.bytes / ours.median * 1e-9, limits["triad_gbytes"]),
+        rate(line.flops / seconds * 1e-9, limits["fma_gflops"]),
+        rate(line.bytes / seconds * 1e-9, limits["triad_gbytes"]),
         megabytes(ours.peak_bytes),
     ]
 

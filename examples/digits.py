@@ -3,7 +3,7 @@
     python -m examples.digits [--epochs N] [--seed N] [--out FOLDER] [--quick]
 
 1. A NAT of one stage learns scikit-learn's 1797 digits of 8x8 pixels. A border of one pixel is added and every pixel blown up
-   to 4x4, so that the stem (stride 4) makes one token per pixel: a map of 10x10, of which a query sees 7x7. Behind the stem
+   to 4x4, so that the stem (stride 4) makes one token per pixel: a map of 10x10, of which a query sees 5x5. Behind the stem
    only the bias tables tell where a key stands; what they are worth shows when they are zeroed in the trained model, and in
    a second model that is trained without them.
 2. The compiled op against the plain-PyTorch reference, at the first stage of a NAT on 224x224 images.
@@ -48,7 +48,7 @@ except ImportError as error:
     )
 
 DIGITS_NAT = dict(
-    embed_dim=48, depths=(3,), num_heads=(3,), mlp_ratio=2, kernel_size=7, in_chans=1, num_classes=10, drop_path_rate=0.0
+    embed_dim=48, depths=(3,), num_heads=(3,), mlp_ratio=2, kernel_size=5, in_chans=1, num_classes=10, drop_path_rate=0.0
 )
 PHOTO_NAT = dict(
     embed_dim=48, depths=(2,), num_heads=(3,), mlp_ratio=2, kernel_size=13, drop_path_rate=0.0, features_only=True
@@ -62,7 +62,7 @@ NOISE = 0.3
 class Digits(NamedTuple):
     """A stratified quarter is held out, the same one for every seed."""
 
-    images: Tensor  # [1347, 1, 40, 40] in 0 to 1
+    images: Tensor  # [1347, 1, 40, 40] in 0 to 4
     labels: Tensor  # int64 [1347]
     held_out_images: Tensor  # [450, 1, 40, 40]
     held_out_labels: Tensor  # int64 [450]
@@ -70,7 +70,7 @@ class Digits(NamedTuple):
 
 def read_digits() -> Digits:
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 4
     images = F.interpolate(F.pad(images, (1, 1, 1, 1)), scale_factor=4, mode="bilinear")
     split = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=0)
     train, held_out = (torch.tensor(part) for part in split)
@@ -306,7 +306,7 @@ def photograph_part(steps: int, seed: int, out: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.digits", description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=24, help="passes over the digits (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=28, help="passes over the digits (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"   {str(path):40s} {what}")
     print(
         "\nTry next:\n"
-        "   python -m natrpb explain --size 10 10 --kernel-size 7 --query 0 4     who sees whom, and with which bias\n"
+        "   python -m natrpb explain --size 10 10 --kernel-size 5 --query 0 4     who sees whom, and with which bias\n"
         "   python -m natrpb explain --size 16 16 --kernel-size 5 --dilation 3 --query 8 8 --plot out/demo/dilated.png\n"
         "   python -m examples.digits --seed 1 --epochs 40\n"
         '   python -c "import natrpb; print(natrpb.list_models())"                models with published weights'

@@ -117,7 +117,8 @@ def bias_table_figure(tables: Mapping[str, Tensor], dilation: int | Sequence[int
     limit = max(max(table.abs().max().item() for table in tables.values()), 1e-6)
     figure = new_figure(2.3 * heads + 1.6, 2.35 * len(tables) + 0.9)
     panels = figure.subplots(len(tables), heads, squeeze=False)
-    for line, (name, table), step in zip(panels, tables.items(), dilations):
+    for row, ((name, table), step) in enumerate(zip(tables.items(), dilations)):
+        line = panels[row]
         for panel in line[table.shape[0] :]:
             panel.set_axis_off()
         for head, values in enumerate(table.detach().float().cpu()):
@@ -130,7 +131,7 @@ def bias_table_figure(tables: Mapping[str, Tensor], dilation: int | Sequence[int
             panel.tick_params(labelsize=7)
             if head == 0:
                 panel.set_ylabel("rows, key - query", fontsize=8)
-            if line is panels[-1]:
+            if row == len(tables) - 1:
                 panel.set_xlabel("columns, key - query", fontsize=8)
     figure.colorbar(drawn, ax=panels, shrink=min(1.0, 2.5 / len(tables)), label="bias added to the score")
     figure.suptitle("Learned relative position bias (+ marks the query itself)", fontsize=11)
