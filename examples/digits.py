@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,11 +51,9 @@ except ImportError as error:
 DIGITS_NAT = dict(
     embed_dim=48, depths=(3,), num_heads=(3,), mlp_ratio=2, kernel_size=5, in_chans=1, num_classes=10, drop_path_rate=0.0
 )
-PHOTO_NAT = dict(
-    embed_dim=48, depths=(2,), num_heads=(3,), mlp_ratio=2, kernel_size=13, drop_path_rate=0.0, features_only=True
-)
+PHOTO_NAT = dict(embed_dim=48, depths=(2,), num_heads=(3,), mlp_ratio=2, kernel_size=13, drop_path_rate=0.0, features_only=True)
 PHOTO_QUERIES = [(0, 0), (30, 0), (22, 36), (17, 64), (40, 40)]  # (row, column) of tokens of china.jpg: corner, edge, inside
-TABLE_RATE = 20  # the tables' learning rate as a multiple: they start at 0.02 and are to reach bias values of 1 and more
+RATE = 2e-3  # learning rate; the tables' is a multiple of it: they start near 0.02 and are to reach values of 1 and more
 PATIENCE = 75  # seconds of training after which the second model is left out
 NOISE = 0.3
 
@@ -95,17 +94,16 @@ def widen(model: nn.Module) -> nn.Module:
     return model
 
 
-def fit(network: nn.Module, losses: Iterator[Tensor], steps: int, title: str) -> float:
-    """Takes `steps` losses and an optimizer step for each; returns the seconds it took."""
+def fit(network: nn.Module, losses: Iterator[Tensor], steps: int, title: str, table_rate: float) -> float:
+    """Takes `steps` losses and an optimizer step for each, the tables' with `table_rate` times RATE; returns the seconds."""
     named = list(network.named_parameters())
     tables = [parameter for name, parameter in named if name.endswith("rpb")]
     matrices = [parameter for name, parameter in named if parameter.dim() > 1 and not name.endswith("rpb")]
     vectors = [parameter for name, parameter in named if parameter.dim() == 1]
-    rate = 2e-3
     groups = [
-        {"params": matrices, "lr": rate, "weight_decay": 0.05},
-        {"params": vectors, "lr": rate, "weight_decay": 0.0},
-        {"params": tables, "lr": rate * TABLE_RATE, "weight_decay": 0.0},
+        {"params": matrices, "lr": RATE, "weight_decay": 0.05},
+        {"params": vectors, "lr": RATE, "weight_decay": 0.0},
+        {"params": tables, "lr": table_rate * RATE, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -142,7 +140,7 @@ def train_on_digits(digits: Digits, epochs: int, seed: int, rel_pos_bias: bool =
 
     steps = epochs * math.ceil(len(digits.images) / batch_size)
     title = "NAT with RPB" if rel_pos_bias else "NAT without RPB"
-    return model, fit(model, losses(), steps, title)
+    return model, fit(model, losses(), steps, title, table_rate=20)
 
 
 @torch.no_grad()
@@ -181,13 +179,13 @@ def digits_part(epochs: int, seed: int, out: Path) -> list[Path]:
     return [weights, picture]
 
 
-def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and minimum of the milliseconds that `run` takes."""
-    run()
+def timed(run: Callable, forward: Callable, repeats: int) -> tuple[float, float]:
+    """Median and minimum of the milliseconds that `run(forward)` takes."""
+    run(forward)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
+        run(forward)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times), min(times)
 
@@ -219,9 +217,9 @@ def speed_part(repeats: int) -> None:
         torch.testing.assert_close(ours_result, plain_result, rtol=1e-3, atol=1e-3)
     print(f"   results and gradients are equal; {info['threads']} threads, {info['isa']}; median (fastest) of the runs")
     print("                        natrpb                plain PyTorch")
-    for name, wrap in (("forward", torch.no_grad()(lambda forward: forward())), ("training step", step)):
-        median, fastest = timed(lambda: wrap(ours), 10 * repeats)
-        plain_median, plain_fastest = timed(lambda: wrap(plain), repeats)
+    for name, run in (("forward", torch.no_grad()(lambda forward: forward())), ("training step", step)):
+        median, fastest = timed(run, ours, 10 * repeats)
+        plain_median, plain_fastest = timed(run, plain, repeats)
         print(
             f"   {name:14s}  {median:8.2f} ms ({fastest:.2f})   {plain_median:8.1f} ms ({plain_fastest:.1f})"
             f"   {plain_median / median:.0f} times faster"
@@ -273,7 +271,7 @@ def photograph_part(steps: int, seed: int, out: Path) -> list[Path]:
             clean = random_crops(photographs, count=8, side=96)
             yield F.mse_loss(model(clean + NOISE * torch.randn_like(clean)), clean)
 
-    seconds = fit(model, losses(), steps, "NAT on photographs")
+    seconds = fit(model, losses(), steps, "NAT on photographs", table_rate=10)
     clean = photographs[:1]
     noisy = clean + NOISE * torch.randn_like(clean)
     with torch.no_grad():
@@ -282,8 +280,8 @@ def photograph_part(steps: int, seed: int, out: Path) -> list[Path]:
     print(f"   china.jpg: {before:.1f} dB with noise, {after:.1f} dB restored   (trained in {seconds:.0f} s)")
 
     pictures = [out / "attention.png", out / "denoised.png"]
-    attention = model.backbone.levels[0].blocks[-1].attn
-    inputs = list(explain.attention_inputs(model, noisy).values())[-1]
+    last = "backbone.levels.0.blocks.1.attn"
+    attention, inputs = model.get_submodule(last), explain.attention_inputs(model, noisy)[last]
     weights = torch.cat([explain.attention_weights(attention, inputs, query) for query in PHOTO_QUERIES])
     explain.attention_figure(
         clean[0].permute(1, 2, 0),
@@ -294,7 +292,7 @@ def photograph_part(steps: int, seed: int, out: Path) -> list[Path]:
         "for pixels like the query's. At the border the window stops and keeps its size.",
     ).savefig(pictures[0], dpi=110)
 
-    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    figure = Figure(figsize=(11, 2.75), layout="constrained")
     panels = {f"with noise, {before:.1f} dB": noisy, f"restored, {after:.1f} dB": restored, "the photograph": clean}
     for panel, (title, image) in zip(figure.subplots(1, 3), panels.items()):
         panel.imshow(image[0].permute(1, 2, 0).clamp(0, 1))
@@ -329,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     print(f"\nWritten in {wall:.0f} s ({cpu:.0f} s of CPU):")
     for path, what in zip(written, meaning):
-        print(f"   {str(path):40s} {what}")
+        print(f"   {path!s:40s} {what}")
     print(
         "\nTry next:\n"
         "   python -m natrpb explain --size 10 10 --kernel-size 5 --query 0 4     who sees whom, and with which bias\n"
@@ -340,4 +338,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # its lines keep their place among the progress bars, piped or not
     main()

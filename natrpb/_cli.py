@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ._ext import info
 from .models import create_model, load_weights
 from .models._checkpoint import download, download_from_hub, read_checkpoint
 from .models._registry import model_entry
-from .patterns import CAUSAL, Pattern, neighborhood_pattern, window_pattern
+from .patterns import Pattern, neighborhood_pattern, window_pattern
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
@@ -38,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"python -m natrpb {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"python -m natrpb {arguments.command}: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message on one line; the system's errors without their number."""
+    system = isinstance(error, OSError) and error.filename is not None
+    return f"{error.filename}: {error.strerror}" if system else " ".join(str(error).split())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,19 +173,24 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _write_checkpoint(state_dict: dict[str, Tensor], target: Path) -> None:
     """Writes all or nothing: a temporary file beside the target takes its place once it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
-    os.close(handle)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         if target.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, temporary, {"format": "pt"})
+            temporary.write_bytes(_as_safetensors(state_dict))
         else:
-            torch.save(state_dict, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            with temporary.open("wb") as file:
+                torch.save(state_dict, file)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_safetensors(state_dict: dict[str, Tensor]) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError(f"writing .safetensors needs safetensors (pip install safetensors): {error}") from error
+    return save({key: tensor.contiguous() for key, tensor in state_dict.items()}, metadata={"format": "pt"})
 
 
 def _classify(arguments: argparse.Namespace) -> None:

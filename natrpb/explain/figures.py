@@ -216,8 +216,18 @@ def _draw_query(line: Sequence[Axes], image: Tensor, weights: Tensor, query: Seq
             inside[box[0] * token : box[1] * token, box[2] * token : box[3] * token] = 0.75
             panel.imshow(gray, cmap="gray", vmin=0, vmax=1)
             panel.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=inside)
-            panel.text(0.97, 0.03, f"max {weights[head].max():.2f}", transform=panel.transAxes, fontsize=7,
-                       ha="right", va="bottom", color="white", bbox={"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0})  # fmt: skip
+            label = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
+            panel.text(
+                0.97,
+                0.03,
+                f"max {weights[head].max():.2f}",
+                transform=panel.transAxes,
+                fontsize=7,
+                ha="right",
+                va="bottom",
+                color="white",
+                bbox={"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0},
+            )
         _outline(panel, box, token, "white", 1.0)
         _outline(panel, (query[0], query[0] + 1, query[1], query[1] + 1), token, _QUERY_COLOR, 1.8)
         panel.set_xlim((box[2] - margin) * token - 0.5, (box[3] + margin) * token - 0.5)

@@ -90,7 +90,7 @@ def explain_text(pattern: Pattern, spatial: Sequence[int], query: Sequence[int])
 
 
 def shown_ranges(seen: Tensor, longest: int) -> list[range]:
-    """Per axis the positions worth showing: all of an axis up to `longest`, else those around the keys; seen bool [*spatial]."""
+    """Per axis the positions worth showing: all up to `longest`, else those around the keys; seen bool [*spatial]."""
     ranges = []
     for length, occupied in zip(seen.shape, seen.nonzero().unbind(-1)):
         first, last = int(occupied.min()) - _MARGIN, int(occupied.max()) + _MARGIN
