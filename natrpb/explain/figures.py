@@ -216,7 +216,6 @@ def _draw_query(line: Sequence[Axes], image: Tensor, weights: Tensor, query: Seq
             inside[box[0] * token : box[1] * token, box[2] * token : box[3] * token] = 0.75
             panel.imshow(gray, cmap="gray", vmin=0, vmax=1)
             panel.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=inside)
-            label = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
             panel.text(
                 0.97,
                 0.03,
