@@ -294,7 +294,7 @@ def photograph_part(steps: int, seed: int, out: Path) -> list[Path]:
     figure = Figure(figsize=(11, 2.75), layout="constrained")
     panels = {f"with noise, {before:.1f} dB": noisy, f"restored, {after:.1f} dB": restored, "the photograph": clean}
     for panel, (title, image) in zip(figure.subplots(1, 3), panels.items()):
-        panel.imshow(image[0].permute(1, 2, 0).clamp(0, 1))
+        panel.imshow(image[0].permute(1, 2, 0).clamp(0, 1).numpy())
         panel.set_title(title, fontsize=10)
         panel.set_axis_off()
     figure.savefig(pictures[1], dpi=110)

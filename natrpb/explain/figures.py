@@ -79,7 +79,7 @@ def _draw_plane(panel: Axes, index: Tensor, rows: range, columns: range, query: 
 
     seen = (index[rows.start : rows.stop, columns.start : columns.stop, 0] >= 0).int()
     extent = (columns.start - 0.5, columns.stop - 0.5, rows.stop - 0.5, rows.start - 0.5)
-    panel.imshow(seen, cmap=ListedColormap(["#f1f3f5", "#a5c8f0"]), vmin=0, vmax=1, extent=extent)
+    panel.imshow(seen.numpy(), cmap=ListedColormap(["#f1f3f5", "#a5c8f0"]), vmin=0, vmax=1, extent=extent)
     panel.set_xticks([x - 0.5 for x in columns], minor=True)
     panel.set_yticks([y - 0.5 for y in rows], minor=True)
     panel.grid(which="minor", color="white", linewidth=1)
@@ -125,7 +125,7 @@ def bias_table_figure(tables: Mapping[str, Tensor], dilation: int | Sequence[int
             panel = line[head]
             reach_y, reach_x = ((side // 2 + 0.5) * step for side in values.shape)
             extent = (-reach_x, reach_x, reach_y, -reach_y)
-            drawn = panel.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+            drawn = panel.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
             panel.plot(0, 0, marker="+", color="black", markersize=7)
             panel.set_title(f"{name}, head {head}", fontsize=9)
             panel.tick_params(labelsize=7)
@@ -169,7 +169,7 @@ def attention_figure(
     figure = new_figure(width, top + 1.75 * count + 1.3)
     above, below = figure.subfigures(2, 1, height_ratios=[top + 0.6, 1.75 * count + 0.4])
     overview = above.subplots()
-    overview.imshow(image)
+    overview.imshow(image.numpy())
     overview.set_axis_off()
     for number, (query, box) in enumerate(zip(queries, boxes), start=1):
         _outline(overview, box, token, "white", 3.0)
@@ -208,14 +208,14 @@ def _draw_query(line: Sequence[Axes], image: Tensor, weights: Tensor, query: Seq
     for head, panel in enumerate(line, start=-1):
         panel.set_facecolor("#dddddd")
         if head < 0:
-            panel.imshow(image)
+            panel.imshow(image.numpy())
         else:
             share = weights[head] / weights[head].max()
             share = share.repeat_interleave(token, 0).repeat_interleave(token, 1)
             inside = torch.zeros_like(gray)
             inside[box[0] * token : box[1] * token, box[2] * token : box[3] * token] = 0.75
-            panel.imshow(gray, cmap="gray", vmin=0, vmax=1)
-            panel.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=inside)
+            panel.imshow(gray.numpy(), cmap="gray", vmin=0, vmax=1)
+            panel.imshow(share.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=inside.numpy())
             panel.text(
                 0.97,
                 0.03,
