@@ -43,7 +43,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(
-        f"The demo needs matplotlib, safetensors, scikit-learn and tqdm, and {error.name} is missing: "
+        f"The demo needs matplotlib, safetensors, scikit-learn and tqdm ({error}): "
         "run it by `make demo`, or install requirements/demo.txt."
     )
 

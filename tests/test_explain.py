@@ -1,4 +1,4 @@
-"""natrpb.explain: numbers against the brute-force definition and the modules themselves, text and figures against the numbers."""
+"""natrpb.explain: numbers against the brute-force definition and the modules, text and figures against the numbers."""
 
 from __future__ import annotations
 
