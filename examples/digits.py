@@ -170,8 +170,7 @@ def digits_part(epochs: int, seed: int, out: Path) -> list[Path]:
         print(f"   training took over {PATIENCE} s: no second model without RPB, to compare, on this machine")
 
     weights, picture = out / "digits_nat.safetensors", out / "bias_tables.png"
-    facts = {"natrpb.models.NAT": json.dumps(DIGITS_NAT), "held_out_accuracy": f"{reached:.4f}", "seed": str(seed)}
-    save_file(model.state_dict(), weights, metadata=facts)
+    save_file(model.state_dict(), weights, metadata={"natrpb.models.NAT": json.dumps(DIGITS_NAT)})
     blocks = model.levels[0].blocks
     tables = {f"block {number}": block.attn.rpb for number, block in enumerate(blocks)}
     explain.bias_table_figure(tables).savefig(picture, dpi=110)
