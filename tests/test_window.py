@@ -404,3 +404,10 @@ def test_geometric_resizing_keeps_constants_centre_and_untouched_axes():
     assert torch.autograd.gradcheck(lambda t: rpb.resize(t, (3, 6), "geometric"), table)
     with pytest.raises(ValueError, match="align_corners"):
         rpb.resize(table, 9, "geometric", align_corners=True)
+
+
+@needs_compiled
+def test_a_window_beyond_all_memory_is_refused():
+    x = torch.zeros(1, 4, 1, 2)
+    with pytest.raises(RuntimeError, match="kernel_size must span at most"):
+        window_attention(x, x, x, window_size=10**18)

@@ -2,6 +2,9 @@
 //
 // Staged keys are in the compute type, padded to whole vectors and zero behind the end, so that no tile knows strides, storage
 // types or remainders. The block loop runs columns outside and rows inside: lane maps and bias columns belong to a column.
+//
+// Bytes: forward reads query once, key and value once per box that needs them, writes out and lse; backward reads query, key,
+// value, dout, lse and writes dquery, dkey, dvalue. Scores live in scratch memory, kRowTile rows of one block at a time.
 
 template <class S>
 struct Worker {

@@ -73,7 +73,10 @@ struct Call {
     params.dtype = dtype_of(name, model);
     params.batch = model.size(0);
     params.heads = model.size(layout == Layout::kHeadsLast ? ndim + 1 : 1);
-    for (int64_t i = 0; i < ndim; ++i) {
+    constexpr int64_t kMostSlots = int64_t{1} << 31;  // sizes of scratch memory stay far below overflow
+    for (int64_t i = 0, count = 1; i < ndim; ++i, count *= kernel_size[i - 1]) {
+      STD_TORCH_CHECK(kernel_size[i] < 1 || kernel_size[i] <= kMostSlots / count, "kernel_size must span at most ", kMostSlots,
+                      " keys over all axes, got ", kernel_size[i], " on axis ", i);
       Axis& axis = params.axis[kAxes - ndim + i];
       axis.length = model.size(first_axis() + i);
       axis.kernel_size = kernel_size[i];
