@@ -10,19 +10,28 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_SPEC := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(TORCH))
 PYTHON_FILES := natrpb tests examples benchmarks setup.py
-NATIVE_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_FILES := $(shell find csrc tests/cpp tests/emulator -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The CUDA toolkit: CUDA_HOME, else that of the nvcc on PATH (which may be a script that calls another). `make build` leaves the
+# CUDA kernels out where there is none; the tests, which compile them for every architecture, then take NVIDIA's packages of PyPI.
+CUDA_TOOLKIT := $(or $(CUDA_HOME),$(CUDA_PATH),$(shell nvcc -dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=//p'))
+TOOLKIT_STAMP := $(if $(CUDA_TOOLKIT),,$(STAMPS)/cuda)
+CUDA_TO_TEST := $(or $(CUDA_TOOLKIT),$(abspath $(VENV))/cuda/nvidia/cu13)
+CUDA_ARCHITECTURES := 8.0;9.0;10.0;12.0+PTX
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint format cpp-test wheel clean FORCE
+.PHONY: help demo test bench build lint format cpp-test cuda-check emulator-test wheel clean FORCE
 
 help:
 	@echo 'make demo       train a small NAT on handwritten digits and write pictures of what it learned'
-	@echo 'make test       lint, C++ tests (plain and under sanitizers), Python tests'
+	@echo 'make test       lint, C++ tests (plain and under sanitizers), Python tests; all CUDA kernels compiled and emulated'
 	@echo 'make bench      time the ops beside their peers'
 	@echo 'make build      compile and install natrpb into $(VENV), editable'
 	@echo 'make lint       ruff and clang-format, changing nothing'
 	@echo 'make format     ruff and clang-format, in place'
-	@echo 'make cpp-test   the C++ tests only'
+	@echo 'make cpp-test   the C++ tests only, those of the emulated CUDA kernels included'
+	@echo 'make cuda-check compile the CUDA kernels for every architecture and look at the machine code; needs no GPU'
+	@echo 'make emulator-test  the Python tests of the ops, on the emulated CUDA kernels'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built (not $(VENV))'
 	@echo
@@ -32,7 +41,7 @@ help:
 demo: build $(STAMPS)/demo
 	$(PY) -m examples.digits
 
-test: lint cpp-test build $(STAMPS)/test
+test: lint cpp-test build emulator-test $(STAMPS)/test
 	$(PY) -m pytest -n 2
 
 bench: build $(STAMPS)/demo
@@ -53,13 +62,30 @@ format: $(STAMPS)/test
 CMAKE := $(VENV)/bin/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release
 
-cpp-test: $(STAMPS)/test
-	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS)
+cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
+	torch=$$($(PY) -c 'import torch; print(torch.__path__[0])'); \
+	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_EMULATOR=ON -DNATRPB_TORCH="$$torch" \
+	         -DNATRPB_CUDA_INCLUDE=$(CUDA_TO_TEST)/include
 	$(CMAKE) --build build/cmake
-	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure -j 2
 	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_SANITIZE=address,undefined
 	$(CMAKE) --build build/cmake-sanitize
 	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure
+
+# The ops on the emulated CUDA kernels.
+EMULATED_TESTS := $(addprefix tests/test_,$(addsuffix .py,local_attention local_attention_gradients unfused window determinism fuzz))
+
+emulator-test: cpp-test build
+	$(PY) -m pytest -n 2 --emulator build/cmake/_C_emulator.so $(EMULATED_TESTS)
+
+# The CUDA kernels for every architecture, and no spill.
+test cuda-check emulator-test: export NATRPB_CUDA := 1
+test cuda-check emulator-test: export CUDA_HOME := $(CUDA_TO_TEST)
+test cuda-check emulator-test: export TORCH_CUDA_ARCH_LIST := $(CUDA_ARCHITECTURES)
+test cuda-check emulator-test: export NVCC_APPEND_FLAGS := -Xptxas=-warn-spills,-Werror
+
+cuda-check: build $(STAMPS)/test
+	$(PY) -m pytest tests/test_cuda_build.py
 
 wheel: $(STAMPS)/requirements
 	rm -rf build/lib* build/bdist*
@@ -99,6 +125,17 @@ $(STAMPS)/test: $(STAMPS)/requirements requirements/demo.txt requirements/test.t
 	$(PIP) install --no-deps "torchvision==0.$$((minor + 15)).*" || $(PIP) uninstall -y torchvision
 	touch $@
 
-$(STAMPS)/build: $(STAMPS)/requirements setup.py pyproject.toml natrpb/__init__.py csrc/sources.txt $(NATIVE_FILES)
+# Beside the environment's own packages, so that torch's CUDA libraries stay as they are.
+$(STAMPS)/cuda: $(STAMPS)/venv requirements/cuda.txt
+	$(PIP) install --no-deps --upgrade --target $(VENV)/cuda -r requirements/cuda.txt
+	touch $@
+
+# What the build takes from its environment.
+$(STAMPS)/build-spec: $(STAMPS)/venv FORCE
+	@spec="$$CUDA_HOME $$CUDA_PATH $(CUDA_TOOLKIT) $$NATRPB_CUDA $$TORCH_CUDA_ARCH_LIST $$NATRPB_BUILD $$NATRPB_DEBUG"; \
+	echo "$$spec" | cmp -s - $@ || echo "$$spec" > $@
+
+$(STAMPS)/build: $(STAMPS)/requirements $(STAMPS)/build-spec $(if $(filter test cuda-check emulator-test,$(MAKECMDGOALS)),$(TOOLKIT_STAMP))
+$(STAMPS)/build: setup.py pyproject.toml natrpb/__init__.py csrc/sources.txt $(NATIVE_FILES)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@

@@ -101,10 +101,11 @@ def _info(arguments: argparse.Namespace) -> None:
         if isinstance(value, dict):
             rows.update({f"{name} {key}": item for key, item in value.items()})
         else:
-            rows[name] = ", ".join(value) or "none" if isinstance(value, list) else value
+            rows[name] = value
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:{width}}  {value}")
+        text = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name:{width}}  {'none' if text == '' else text}")
 
 
 def _explain(arguments: argparse.Namespace) -> None:

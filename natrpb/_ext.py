@@ -1,21 +1,28 @@
-"""Finds and loads the compiled parts, and reports what runs where."""
+"""Finds and loads the compiled parts, and reports what runs where.
+
+NATRPB_LIBRARY names another op library to load instead of the installed _C.so; CUDA kernels are then looked for beside it.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent / "_C.so"
+_LIBRARY = Path(os.environ.get("NATRPB_LIBRARY") or Path(__file__).with_name("_C.so"))
+_CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
 _warned: set[str] = set()
 
 
 def _load_library() -> str | None:
     """Loads the op library; returns why not, or None."""
     if not _LIBRARY.exists():
-        return "natrpb was installed without its compiled library (_C.so is missing)"
+        return f"natrpb was installed without its compiled library ({_LIBRARY.name} is missing)"
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
@@ -30,18 +37,77 @@ def _load_core():
         return None
 
 
+def _load_cuda_library() -> str | None:
+    """Loads the CUDA kernels of the ops; returns why not, or None."""
+    if reason is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not _CUDA_LIBRARY.exists():
+        built = core.build_info()["cuda_reason"] if core else ""
+        return f"natrpb was installed without its CUDA kernels ({built or _CUDA_LIBRARY.name + ' is missing'})"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return f"the CUDA kernels did not load: {error}"
+    return None
+
+
 reason = _load_library()
 core = _load_core()
-compiled_devices = () if reason else ("cpu", "meta")
+cuda_reason = _load_cuda_library()
+compiled_devices = () if reason else ("cpu", "meta") if cuda_reason else ("cpu", "meta", "cuda")
+
+
+def cuda_architectures() -> list[str]:
+    """What the CUDA kernels were compiled for: sm_90 is a binary, compute_90 is PTX, which the driver compiles on loading."""
+    return core.build_info()["cuda_architectures"].split() if core else []
+
+
+def is_served(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a GPU of this compute capability runs code compiled for one of `architectures`.
+
+    A binary runs on its own major version from its minor version on, PTX on every later GPU; the arch-specific kinds (sm_90a)
+    on exactly their own.
+    """
+    for architecture in architectures:
+        kind, digits, suffix = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", architecture).groups()
+        version = (int(digits[:-1]), int(digits[-1]))
+        exact = capability == version
+        later = version <= capability and (kind == "compute" or version[0] == capability[0])
+        if exact or (later and not suffix):
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _cuda_gap(index: int | None) -> str | None:
+    """Why the CUDA kernels do not serve the GPU of this index, or None."""
+    return _find_cuda_gap(index) if torch.cuda.is_available() else None  # fake tensors need no GPU
+
+
+@functools.cache
+def _find_cuda_gap(index: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if is_served(capability, cuda_architectures()):
+        return None
+    return (
+        f"the CUDA kernels were compiled for {' '.join(cuda_architectures())}, which does not serve "
+        f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]} "
+        f"(build with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]})"
+    )
 
 
 def runs_compiled(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors of this device; where not, says so once."""
+    gap = None
     if device.type in compiled_devices:
-        return True
+        gap = _cuda_gap(device.index) if device.type == "cuda" else None
+        if gap is None:
+            return True
     if device.type not in _warned:
         _warned.add(device.type)
-        why = reason or f"this build has no kernels for {device.type!r} tensors"
+        why = gap or reason or (cuda_reason if device.type == "cuda" else f"natrpb has no kernels for {device.type!r} tensors")
         warnings.warn(
             f"natrpb runs on the plain PyTorch reference, which is slow and stores every attention weight: {why}. "
             "See natrpb.info().",
@@ -51,16 +117,33 @@ def runs_compiled(device: torch.device) -> bool:
     return False
 
 
+def _cuda_info() -> dict:
+    available = cuda_reason is None and torch.cuda.is_available()
+    gaps = [_cuda_gap(i) for i in range(torch.cuda.device_count())] if available else []
+    return {
+        "loaded": cuda_reason is None,
+        "reason": cuda_reason or "; ".join(filter(None, gaps)) or (None if available else "torch finds no GPU"),
+        "library": str(_CUDA_LIBRARY) if cuda_reason is None else None,
+        "architectures": cuda_architectures(),
+        "gpus": [f"{torch.cuda.get_device_name(i)}: {'no kernels' if gap else 'served'}" for i, gap in enumerate(gaps)],
+    }
+
+
 def info() -> dict:
     """What this installation holds and uses.
 
     Returns:
         A dict: version, torch, compiled (whether the compiled ops are loaded), reason (why not, or None), library (path),
         isa (instruction set in use) and isa_available, threads, devices (with compiled kernels), fallbacks (device types
-        that ran on the plain PyTorch reference so far), build (compiler and torch of the build).
+        that ran on the plain PyTorch reference so far), cuda (a dict: loaded, whether the CUDA kernels are; reason, why they
+        are not or do not serve a GPU, or None; library; architectures they were compiled for; gpus), build (compiler and
+        torch of the build, nvcc and why there is no CUDA part).
     """
     from . import __version__
 
+    devices = ["cpu"] if reason is None else []
+    if cuda_reason is None and torch.cuda.is_available():
+        devices.append("cuda")
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -70,7 +153,8 @@ def info() -> dict:
         "isa": core.isa() if core else None,
         "isa_available": core.isa_names() if core else [],
         "threads": torch.get_num_threads(),
-        "devices": [device for device in compiled_devices if device != "meta"],
+        "devices": devices,
         "fallbacks": sorted(_warned),
+        "cuda": _cuda_info(),
         "build": core.build_info() if core else None,
     }

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: one torch thread per pytest worker, reproducible draws, poisoned memory."""
+"""Settings and fixtures of all tests: one torch thread per pytest worker, reproducible draws, poisoned memory, the emulator."""
 
 from __future__ import annotations
 
@@ -17,6 +17,40 @@ settings.load_profile("natrpb")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+# What a case may cost in the emulator, in multiply-adds of its forward: a second or two.
+EMULATED_WORK = 8e6
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulator",
+        metavar="LIBRARY",
+        help="run the ops on the CUDA kernels compiled for the CPU (_C_emulator.so); skips what costs too much there",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "not_emulated(reason): skipped where the ops run on the emulated CUDA kernels")
+    if config.getoption("--emulator"):
+        library = Path(config.getoption("--emulator")).resolve(strict=True)
+        os.environ["NATRPB_LIBRARY"] = str(library)  # read when natrpb is imported
+
+
+def pytest_report_header(config):
+    return f"ops: {os.environ['NATRPB_LIBRARY']}" if "NATRPB_LIBRARY" in os.environ else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--emulator"):
+        return
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if case is not None and case.size * (case.head_dim + (case.value_dim or case.head_dim)) > EMULATED_WORK:
+            item.add_marker(pytest.mark.skip(reason="not emulated: the case is too large"))
+        for marker in item.iter_markers("not_emulated"):
+            item.add_marker(pytest.mark.skip(reason=f"not emulated: {marker.args[0]}"))
 
 
 def _define_torchvision_operators() -> torch.library.Library | None:

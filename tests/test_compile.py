@@ -34,7 +34,7 @@ def schema_calls(case: Case, dtype: torch.dtype) -> dict[str, tuple]:
     lists = [list(numbers) for numbers in pattern]
     return {
         "local_attention_forward": (query, key, value, rpb, *lists, scale),
-        "local_attention_backward": (dout, dlse, query, key, value, rpb, lse.detach(), *lists, scale),
+        "local_attention_backward": (dout, dlse, query, key, value, rpb, out.detach(), lse.detach(), *lists, scale),
         "local_qk": (*first[:2], rpb, *lists, 0.0),
         "local_av": (attn, first[2], *lists),
         "local_av_transposed": (attn, first[0], *lists),

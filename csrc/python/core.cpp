@@ -131,7 +131,10 @@ PYBIND11_MODULE(_core, m) {
             "gcc " __VERSION__;
 #endif
         info["torch"] = NATRPB_BUILD_TORCH;
+        info["nvcc"] = NATRPB_BUILD_NVCC;
+        info["cuda_architectures"] = NATRPB_BUILD_CUDA;
+        info["cuda_reason"] = NATRPB_BUILD_CUDA_REASON;
         return info;
       },
-      "Version, compiler, and the torch that the build used.");
+      "Version, compiler, the torch that the build used, and its CUDA part (nvcc, architectures, or why there is none).");
 }

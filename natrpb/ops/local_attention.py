@@ -90,18 +90,18 @@ class _Fused(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.pattern, ctx.scale = Pattern(*(tuple(x) for x in inputs[4:9])), inputs[9]
-        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.save_for_backward(*inputs[:4], *output)
         ctx.save_for_forward(*inputs[:4])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        *inputs, lse = ctx.saved_tensors
+        *inputs, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 10
         if dout is None:
             dout = torch.zeros_like(inputs[2])
-        gradients = torch.ops.natrpb.local_attention_backward(dout, dlse, *inputs, lse, *ctx.pattern, ctx.scale)
+        gradients = torch.ops.natrpb.local_attention_backward(dout, dlse, *inputs, out, lse, *ctx.pattern, ctx.scale)
         has_rpb = inputs[3] is not None
         return *gradients[:3], gradients[3] if has_rpb else None, *(None,) * 6
 
@@ -123,7 +123,11 @@ class _Fused(Function):
 
 
 class _FusedBackward(Function):
-    """(dout, dlse, query, key, value, rpb, lse | pattern, scale) -> (dquery, dkey, dvalue, drpb)."""
+    """(dout, dlse, query, key, value, rpb, out, lse | pattern, scale) -> (dquery, dkey, dvalue, drpb).
+
+    out and lse are what the forward gave for the other inputs, no variables of their own: the derivatives below are those of
+    the gradients as functions of dout, dlse, query, key, value and rpb; out and lse receive none.
+    """
 
     @staticmethod
     def forward(*args):
@@ -131,7 +135,7 @@ class _FusedBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.pattern, ctx.scale = Pattern(*(tuple(x) for x in inputs[7:12])), inputs[12]
+        ctx.pattern, ctx.scale = Pattern(*(tuple(x) for x in inputs[8:13])), inputs[13]
         ctx.save_for_backward(*inputs[:6])
         ctx.save_for_forward(*inputs[:6])
         ctx.set_materialize_grads(False)
@@ -169,7 +173,7 @@ class _FusedBackward(Function):
         if gv is not None:
             gdout = _sum(gdout, local_av(p, gv, pattern))
         if gp is None:
-            return (None,) * 13
+            return (None,) * 14
         gs = p * (gp - (p * gp).sum(-1, keepdim=True))
         dscore = p * bracket
         gquery_q = scale * local_av(gs, k, pattern)
@@ -185,7 +189,7 @@ class _FusedBackward(Function):
             _heads_last(key.dtype, gkey_k),
             _heads_last(value.dtype, gvalue_v),
             None if rpb is None else local_bias_grad(gs, pattern),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
     @staticmethod
@@ -356,7 +360,7 @@ def _fake_forward(query, key, value, rpb, kernel_size, stride, dilation, kind, s
     return query.new_empty(value.shape), query.new_empty(value.shape[:-1], dtype=_wide(query.dtype))
 
 
-def _fake_backward(dout, dlse, query, key, value, rpb, lse, kernel_size, stride, dilation, kind, shift, scale):
+def _fake_backward(dout, dlse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, kind, shift, scale):
     drpb_shape = (0,) if rpb is None else rpb.shape
     gradients = (query.new_empty(x.shape) for x in (query, key, value))
     return *gradients, query.new_empty(drpb_shape, dtype=_wide(query.dtype))
@@ -397,7 +401,7 @@ if _ext.reason is None:
 
     last, first, table = -2, 1, 0  # where heads-last, heads-first and table tensors hold their heads
     register_vmap("local_attention_forward", (last, last, last, table), (last, -1))
-    register_vmap("local_attention_backward", (last, -1, last, last, last, table, -1), (last, last, last, table))
+    register_vmap("local_attention_backward", (last, -1, last, last, last, table, last, -1), (last, last, last, table))
     register_vmap("local_qk", (first, first, table), (first,))
     register_vmap("local_av", (first, first), (first,))
     register_vmap("local_av_transposed", (first, first), (first,))

@@ -1,174 +1,14 @@
-// Every CPU launcher against the definition, term by term in double. Buffers are exactly as large as the op may touch, so an
-// address sanitizer sees each step outside; outputs start as NaN. CTest runs this once for each instruction set (NATRPB_ISA).
-#include "natrpb/local_attention.h"
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
+// Every CPU launcher against the definition (local_attention_definition.h). CTest runs this once for each instruction set
+// (NATRPB_ISA).
 #include <thread>
-#include <vector>
 
-#include "check.h"
 #include "cpu/isa.h"
+#include "local_attention_definition.h"
 
 namespace {
 
-using natrpb::Axis;
-using natrpb::AxisKind;
-using natrpb::DType;
-using natrpb::Interval;
-using natrpb::kAxes;
-using natrpb::LocalAttentionParams;
-using natrpb::Status;
-using natrpb::View;
-
-// Storage types: conversion to and from double, and the error that one rounding makes.
-
-template <DType kDType>
-struct Storage;
-
-template <>
-struct Storage<DType::kFloat64> {
-  using Type = double;
-  using Wide = double;  // of rpb, lse and their gradients
-  static constexpr double kEpsilon = 1e-15;
-  static double load(Type x) { return x; }
-  static Type store(double x) { return x; }
-};
-
-template <>
-struct Storage<DType::kFloat32> {
-  using Type = float;
-  using Wide = float;
-  static constexpr double kEpsilon = 6e-8;
-  static double load(Type x) { return x; }
-  static Type store(double x) { return static_cast<float>(x); }
-};
-
-template <>
-struct Storage<DType::kBFloat16> {  // the upper half of a float
-  using Type = uint16_t;
-  using Wide = float;
-  static constexpr double kEpsilon = 4e-3;
-  static double load(Type x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  static Type store(double x) {
-    const float value = static_cast<float>(x);
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return static_cast<Type>(bits >> 16);
-  }
-};
-
-template <>
-struct Storage<DType::kFloat16> {  // 1 sign, 5 exponent, 10 mantissa bits
-  using Type = uint16_t;
-  using Wide = float;
-  static constexpr double kEpsilon = 5e-4;
-  static double load(Type x) {
-    const int exponent = x >> 10 & 31, mantissa = x & 1023;
-    const double size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                        : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
-                                       : std::ldexp(mantissa, -24);
-    return x & 0x8000 ? -size : size;
-  }
-  static Type store(double x) {  // NaN, zero and normal numbers
-    if (std::isnan(x)) return 0x7e00;
-    if (x == 0) return 0;
-    int exponent;
-    const double fraction = std::frexp(std::fabs(x), &exponent);  // in [1/2, 1)
-    const int mantissa = static_cast<int>(std::ldexp(fraction, 11));
-    return static_cast<Type>((x < 0 ? 0x8000 : 0) + ((exponent + 14) << 10) + mantissa - 1024);
-  }
-};
-
-struct Case {
-  const char* name;
-  Axis axis[kAxes];
-  int64_t batch, heads, head_dim, value_dim;
-  bool rpb;
-
-  int64_t positions() const { return axis[0].length * axis[1].length * axis[2].length; }
-  int64_t slots() const { return axis[0].kernel_size * axis[1].kernel_size * axis[2].kernel_size; }
-  int64_t table() const {  // entries of one head's bias table
-    return (2 * axis[0].kernel_size - 1) * (2 * axis[1].kernel_size - 1) * (2 * axis[2].kernel_size - 1);
-  }
-};
-
-// A [B, h, *, channels] tensor, heads-last or heads-first in memory, with its values beside it in double.
-template <DType kDType>
-struct Buffer {
-  using S = Storage<kDType>;
-  std::vector<typename S::Type> data;
-  View view;
-  int64_t channels;
-
-  Buffer(const Case& c, int64_t channels_, bool heads_last) : channels(channels_) {
-    int64_t stride = channels;
-    if (heads_last) view.head = take(stride, c.heads);
-    for (int axis = kAxes - 1; axis >= 0; --axis) view.space[axis] = take(stride, c.axis[axis].length);
-    if (!heads_last) view.head = take(stride, c.heads);
-    view.batch = take(stride, c.batch);
-    data.assign(stride, S::store(std::numeric_limits<double>::quiet_NaN()));
-    view.data = data.data();
-  }
-  // Multiples of 1/16 between -2 and 2: every storage type holds them exactly.
-  void randomize(std::mt19937& random) {
-    for (auto& x : data) x = S::store((static_cast<int>(random() % 65) - 32) / 16.0);
-  }
-  double operator()(int64_t b, int64_t h, const int64_t* position, int64_t channel) const {
-    return S::load(data[view.offset(b, h, position) + channel]);
-  }
-
- private:
-  static int64_t take(int64_t& stride, int64_t size) {
-    const int64_t own = stride;
-    stride *= size;
-    return own;
-  }
-};
-
-// Calls body(position) for every position of the case's grid.
-template <class F>
-void each_position(const Case& c, F body) {
-  int64_t p[kAxes];
-  for (p[0] = 0; p[0] < c.axis[0].length; ++p[0]) {
-    for (p[1] = 0; p[1] < c.axis[1].length; ++p[1]) {
-      for (p[2] = 0; p[2] < c.axis[2].length; ++p[2]) body(p);
-    }
-  }
-}
-
-// Calls body(key position, slot, table entry) for every key that a query sees. The geometry has its own test.
-template <class F>
-void each_key(const Case& c, const int64_t* query, F body) {
-  Interval keys[kAxes];
-  int64_t group[kAxes], p[kAxes], k[kAxes], position[kAxes];
-  for (int a = 0; a < kAxes; ++a) {
-    group[a] = query[a] % c.axis[a].dilation;
-    p[a] = query[a] / c.axis[a].dilation;
-    keys[a] = c.axis[a].keys(p[a], c.axis[a].group_length(group[a]));
-  }
-  for (k[0] = keys[0].first; k[0] <= keys[0].last; ++k[0]) {
-    for (k[1] = keys[1].first; k[1] <= keys[1].last; ++k[1]) {
-      for (k[2] = keys[2].first; k[2] <= keys[2].last; ++k[2]) {
-        int64_t slot = 0, entry = 0;
-        for (int a = 0; a < kAxes; ++a) {
-          slot = slot * c.axis[a].kernel_size + k[a] - keys[a].first;
-          entry = entry * (2 * c.axis[a].kernel_size - 1) + c.axis[a].bias_index(p[a], k[a]);
-          position[a] = c.axis[a].position(group[a], k[a]);
-        }
-        body(position, slot, entry);
-      }
-    }
-  }
-}
+using namespace natrpb;
+using namespace natrpb::test;
 
 void on_two_threads(int64_t count, void* body, void (*call)(void*, int64_t, int64_t)) {
   std::thread other([&] { call(body, count / 2, count); });
@@ -176,203 +16,28 @@ void on_two_threads(int64_t count, void* body, void (*call)(void*, int64_t, int6
   other.join();
 }
 
-template <DType kDType>
-class Test {
-  using S = Storage<kDType>;
-  static constexpr DType kWide = kDType == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  using Tensor = Buffer<kDType>;
-  using WideTensor = Buffer<kWide>;
-  using Sums = std::vector<double>;
-
- public:
-  Test(const Case& c, bool heads_last) : c_(c), heads_last_(heads_last) {
-    for (Tensor* t : {&query_, &key_, &value_, &dout_, &weights_}) t->randomize(random_);
-    dlse_.randomize(random_);
-    for (auto& x : rpb_) x = static_cast<typename S::Wide>((static_cast<int>(random_() % 65) - 32) / 16.0);
-    params_.batch = c.batch;
-    params_.heads = c.heads;
-    params_.head_dim = c.head_dim;
-    params_.value_dim = c.value_dim;
-    params_.dtype = kDType;
-    params_.scale = 0.25;
-    for (int a = 0; a < kAxes; ++a) params_.axis[a] = c.axis[a];
-    params_.query = query_.view;
-    params_.key = key_.view;
-    params_.value = value_.view;
-    params_.rpb = c.rpb ? rpb_.data() : nullptr;
-    params_.dout = dout_.view;
-    params_.dlse = dlse_.view;
+struct Cpu {
+  static constexpr bool kReadsOut = false;
+  static int64_t local_attention_forward_workspace(const LocalAttentionParams&) { return 0; }
+  static int64_t local_attention_backward_workspace(const LocalAttentionParams& p) {
+    return cpu::local_attention_backward_workspace(p);
   }
-
-  void fused() {
-    Tensor out(c_, c_.value_dim, heads_last_), dquery(c_, c_.head_dim, heads_last_), dkey(c_, c_.head_dim, heads_last_),
-        dvalue(c_, c_.value_dim, heads_last_);
-    WideTensor lse(c_, 1, heads_last_), wide_dkey(c_, c_.head_dim, heads_last_), wide_dvalue(c_, c_.value_dim, heads_last_);
-    const bool wide = natrpb::cpu::local_attention_backward_is_wide(params_);
-    std::vector<typename S::Wide> drpb(c_.rpb ? rpb_.size() : 0, NAN);
-    params_.out = out.view;
-    params_.lse = lse.view;
-    params_.dquery = dquery.view;
-    params_.dkey = wide ? wide_dkey.view : dkey.view;
-    params_.dvalue = wide ? wide_dvalue.view : dvalue.view;
-    params_.drpb = c_.rpb ? drpb.data() : nullptr;
-    succeeds(natrpb::cpu::local_attention_forward(params_, on_two_threads));
-    const std::vector<char> workspace = make_workspace(natrpb::cpu::local_attention_backward_workspace(params_));
-    succeeds(natrpb::cpu::local_attention_backward(params_, on_two_threads));
-
-    Sums wout = sums(c_.value_dim), wlse = sums(1), wdquery = sums(c_.head_dim), wdkey = sums(c_.head_dim),
-         wdvalue = sums(c_.value_dim), wdrpb(rpb_.size(), 0.0);
-    each_query([&](int64_t b, int64_t h, const int64_t* q) {
-      double total = 0, delta = 0;  // delta = sum of p dp
-      each_key(c_, q, [&](const int64_t* k, int64_t, int64_t entry) { total += std::exp(score(b, h, q, k, entry)); });
-      each_key(c_, q, [&](const int64_t* k, int64_t, int64_t entry) {
-        const double p = std::exp(score(b, h, q, k, entry)) / total;
-        for (int64_t d = 0; d < c_.value_dim; ++d) {
-          wout[at(b, h, q, d, c_.value_dim)] += p * value_(b, h, k, d);
-          wdvalue[at(b, h, k, d, c_.value_dim)] += p * dout_(b, h, q, d);
-          delta += p * dout_(b, h, q, d) * value_(b, h, k, d);
-        }
-      });
-      wlse[at(b, h, q, 0, 1)] = std::log(total);
-      each_key(c_, q, [&](const int64_t* k, int64_t, int64_t entry) {
-        double dp = dlse_(b, h, q, 0) - delta;
-        for (int64_t d = 0; d < c_.value_dim; ++d) dp += dout_(b, h, q, d) * value_(b, h, k, d);
-        const double ds = std::exp(score(b, h, q, k, entry)) / total * dp;
-        for (int64_t d = 0; d < c_.head_dim; ++d) {
-          wdquery[at(b, h, q, d, c_.head_dim)] += params_.scale * ds * key_(b, h, k, d);
-          wdkey[at(b, h, k, d, c_.head_dim)] += params_.scale * ds * query_(b, h, q, d);
-        }
-        wdrpb[h * table_ + entry] += ds;
-      });
-    });
-    compare("out", out, wout);
-    compare("lse", lse, wlse);
-    compare("dquery", dquery, wdquery);
-    wide ? compare("dkey", wide_dkey, wdkey) : compare("dkey", dkey, wdkey);
-    wide ? compare("dvalue", wide_dvalue, wdvalue) : compare("dvalue", dvalue, wdvalue);
-    if (c_.rpb) compare_table("drpb", drpb, wdrpb);
+  static int64_t local_bias_grad_workspace(const LocalAttentionParams& p) { return cpu::local_bias_grad_workspace(p); }
+  static bool local_attention_backward_is_wide(const LocalAttentionParams& p) {
+    return cpu::local_attention_backward_is_wide(p);
   }
-
-  void unfused() {
-    Tensor attn(c_, slots_, heads_last_), out(c_, c_.value_dim, heads_last_), dvalue(c_, c_.value_dim, heads_last_);
-    WideTensor wide_dvalue(c_, c_.value_dim, heads_last_);
-    const bool wide = natrpb::cpu::local_av_transposed_is_wide(params_);
-    std::vector<typename S::Wide> drpb(rpb_.size(), NAN);
-    params_.scale = 1.0;
-    params_.fill = -8.0;
-    params_.out = out.view;
-    params_.dvalue = wide ? wide_dvalue.view : dvalue.view;
-    params_.drpb = drpb.data();
-    params_.attn = attn.view;
-    succeeds(natrpb::cpu::local_qk(params_, on_two_threads));
-    params_.attn = weights_.view;
-    succeeds(natrpb::cpu::local_av(params_, on_two_threads));
-    succeeds(natrpb::cpu::local_av_transposed(params_, on_two_threads));
-    const std::vector<char> workspace = make_workspace(natrpb::cpu::local_bias_grad_workspace(params_));
-    succeeds(natrpb::cpu::local_bias_grad(params_, on_two_threads));
-
-    Sums wattn = sums(slots_), wout = sums(c_.value_dim), wdvalue = sums(c_.value_dim), wdrpb(rpb_.size(), 0.0);
-    for (double& x : wattn) x = params_.fill;
-    each_query([&](int64_t b, int64_t h, const int64_t* q) {
-      each_key(c_, q, [&](const int64_t* k, int64_t slot, int64_t entry) {
-        wattn[at(b, h, q, slot, slots_)] = score(b, h, q, k, entry);
-        const double weight = weights_(b, h, q, slot);
-        wdrpb[h * table_ + entry] += weight;
-        for (int64_t d = 0; d < c_.value_dim; ++d) {
-          wout[at(b, h, q, d, c_.value_dim)] += weight * value_(b, h, k, d);
-          wdvalue[at(b, h, k, d, c_.value_dim)] += weight * dout_(b, h, q, d);
-        }
-      });
-    });
-    compare("attn", attn, wattn);
-    compare("av", out, wout);
-    wide ? compare("av_transposed", wide_dvalue, wdvalue) : compare("av_transposed", dvalue, wdvalue);
-    compare_table("bias_grad", drpb, wdrpb);
+  static bool local_av_transposed_is_wide(const LocalAttentionParams& p) { return cpu::local_av_transposed_is_wide(p); }
+  static Status local_attention_forward(const LocalAttentionParams& p) {
+    return cpu::local_attention_forward(p, on_two_threads);
   }
-
- private:
-  Sums sums(int64_t channels) const { return Sums(c_.batch * c_.heads * positions_ * channels, 0.0); }
-
-  int64_t at(int64_t b, int64_t h, const int64_t* p, int64_t channel, int64_t channels) const {
-    const int64_t flat = (p[0] * c_.axis[1].length + p[1]) * c_.axis[2].length + p[2];
-    return ((b * c_.heads + h) * positions_ + flat) * channels + channel;
+  static Status local_attention_backward(const LocalAttentionParams& p) {
+    return cpu::local_attention_backward(p, on_two_threads);
   }
-
-  template <class F>
-  void each_query(F body) const {
-    for (int64_t b = 0; b < c_.batch; ++b) {
-      for (int64_t h = 0; h < c_.heads; ++h) each_position(c_, [&](const int64_t* q) { body(b, h, q); });
-    }
-  }
-
-  double score(int64_t b, int64_t h, const int64_t* q, const int64_t* k, int64_t entry) const {
-    double dot = 0;
-    for (int64_t d = 0; d < c_.head_dim; ++d) dot += query_(b, h, q, d) * key_(b, h, k, d);
-    return params_.scale * dot + (c_.rpb ? rpb_[h * table_ + entry] : 0);
-  }
-
-  std::vector<char> make_workspace(int64_t bytes) {
-    std::vector<char> memory(bytes, '\xff');  // every float in it is NaN
-    params_.workspace = bytes ? memory.data() : nullptr;
-    return memory;
-  }
-
-  std::string where(const char* what) const { return std::string(c_.name) + " " + what; }
-
-  void succeeds(const Status& status) const {
-    natrpb::test::check(status.ok(), [&] { return where("status") + ": " + status.message(); });
-  }
-
-  void near(const char* what, double got, double want, double largest, double epsilon) const {
-    natrpb::test::check(std::fabs(got - want) <= 20 * epsilon * (1 + largest),
-                        [&] { return where(what) + ": expected " + std::to_string(want) + ", got " + std::to_string(got); });
-  }
-  static double largest_of(const Sums& want) {
-    double largest = 0;
-    for (double x : want) largest = std::fmax(largest, std::fabs(x));
-    return largest;
-  }
-  template <DType kOther>
-  void compare(const char* what, const Buffer<kOther>& got, const Sums& want) const {
-    const double largest = largest_of(want);
-    each_query([&](int64_t b, int64_t h, const int64_t* p) {
-      for (int64_t d = 0; d < got.channels; ++d) {
-        near(what, got(b, h, p, d), want[at(b, h, p, d, got.channels)], largest, Storage<kOther>::kEpsilon);
-      }
-    });
-  }
-  void compare_table(const char* what, const std::vector<typename S::Wide>& got, const Sums& want) const {
-    for (size_t i = 0; i < want.size(); ++i) near(what, got[i], want[i], largest_of(want), Storage<kWide>::kEpsilon);
-  }
-
-  const Case& c_;
-  bool heads_last_;
-  int64_t positions_ = c_.positions(), slots_ = c_.slots(), table_ = c_.table();
-  std::mt19937 random_{7};
-  LocalAttentionParams params_;
-  Tensor query_{c_, c_.head_dim, heads_last_}, key_{c_, c_.head_dim, heads_last_}, value_{c_, c_.value_dim, heads_last_},
-      dout_{c_, c_.value_dim, heads_last_}, weights_{c_, slots_, heads_last_};
-  WideTensor dlse_{c_, 1, heads_last_};
-  std::vector<typename S::Wide> rpb_ = std::vector<typename S::Wide>(c_.heads * table_);
+  static Status local_qk(const LocalAttentionParams& p) { return cpu::local_qk(p, on_two_threads); }
+  static Status local_av(const LocalAttentionParams& p) { return cpu::local_av(p, on_two_threads); }
+  static Status local_av_transposed(const LocalAttentionParams& p) { return cpu::local_av_transposed(p, on_two_threads); }
+  static Status local_bias_grad(const LocalAttentionParams& p) { return cpu::local_bias_grad(p, on_two_threads); }
 };
-
-Axis neighborhood(int64_t length, int64_t kernel_size, int64_t stride = 1, int64_t dilation = 1) {
-  return {length, kernel_size, stride, dilation, 0, AxisKind::kNeighborhood};
-}
-Axis causal(int64_t length, int64_t kernel_size, int64_t stride = 1, int64_t dilation = 1) {
-  return {length, kernel_size, stride, dilation, 0, AxisKind::kCausal};
-}
-Axis window(int64_t length, int64_t size, int64_t shift) { return {length, size, 1, 1, shift, AxisKind::kWindow}; }
-
-template <DType kDType>
-void test_all(const std::vector<Case>& cases) {
-  for (const Case& c : cases) {
-    for (bool heads_last : {true, false}) {
-      Test<kDType>(c, heads_last).fused();
-      Test<kDType>(c, heads_last).unfused();
-    }
-  }
-}
 
 }  // namespace
 
@@ -396,9 +61,10 @@ int main() {
       {"wide head", {one, one, neighborhood(19, 3)}, 1, 1, 130, 96, true},
       {"empty batch", {one, one, neighborhood(6, 3)}, 0, 2, 8, 8, true},
   };
-  test_all<DType::kFloat64>(cases);
-  test_all<DType::kFloat32>(cases);
-  test_all<DType::kBFloat16>(cases);
-  test_all<DType::kFloat16>(cases);
+  const std::vector<Layout> layouts = {Layout::kHeadsLast, Layout::kHeadsFirst, Layout::kPacked};
+  test_dtype<Cpu, DType::kFloat64>(cases, layouts);
+  test_dtype<Cpu, DType::kFloat32>(cases, layouts);
+  test_dtype<Cpu, DType::kBFloat16>(cases, layouts);
+  test_dtype<Cpu, DType::kFloat16>(cases, layouts);
   return natrpb::test::finish(natrpb::cpu::isa_name(natrpb::cpu::active_isa()));
 }

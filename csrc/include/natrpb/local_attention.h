@@ -42,7 +42,7 @@ struct LocalAttentionParams {
   View key;                   // [B, h, *, D]
   View value;                 // [B, h, *, Dv]
   const void* rpb = nullptr;  // [h, 2 K_0 - 1, 2 K_1 - 1, 2 K_2 - 1] contiguous, fp32 (fp64 for fp64), may be nullptr
-  View out;                   // [B, h, *, Dv]
+  View out;                   // [B, h, *, Dv]; read by the CUDA backward, which takes sum_k p_k <dout, value_k> from it
   View lse;                   // [B, h, *, 1], fp32 (fp64 for fp64)
   View attn;                  // [B, h, *, K_0 K_1 K_2], unfused ops only
   double fill = 0.0;          // what local_qk writes where a slot holds no key
@@ -83,4 +83,29 @@ Status local_av_transposed(const LocalAttentionParams& params, ParallelFor paral
 Status local_bias_grad(const LocalAttentionParams& params, ParallelFor parallel_for);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Every launcher queues its kernels on `stream` (a cudaStream_t of the current device) and returns at once. Results are the
+// same bits on every run: sums that cross threads are formed in an order that depends on the shapes alone.
+
+// Bytes of params.workspace; a function of the sizes, strides and pattern.
+int64_t local_attention_forward_workspace(const LocalAttentionParams& params);
+int64_t local_attention_backward_workspace(const LocalAttentionParams& params);
+int64_t local_bias_grad_workspace(const LocalAttentionParams& params);
+
+// query, key, value, rpb -> out, lse
+Status local_attention_forward(const LocalAttentionParams& params, void* stream);
+// query, key, value, rpb, out, lse, dout, dlse -> dquery, dkey, dvalue, drpb
+Status local_attention_backward(const LocalAttentionParams& params, void* stream);
+// query, key, rpb -> attn (scores; scale is applied to query)
+Status local_qk(const LocalAttentionParams& params, void* stream);
+// attn, value -> out
+Status local_av(const LocalAttentionParams& params, void* stream);
+// attn, dout -> dvalue: the transpose of local_av
+Status local_av_transposed(const LocalAttentionParams& params, void* stream);
+// attn (its gradient) -> drpb: the transpose of adding the bias
+Status local_bias_grad(const LocalAttentionParams& params, void* stream);
+
+}  // namespace cuda
 }  // namespace natrpb

@@ -1,0 +1,3 @@
+#include "cuda/local_attention_mma_launch.cuh"
+
+template struct natrpb::cuda::mma::Kernels<__nv_bfloat16, 64>;

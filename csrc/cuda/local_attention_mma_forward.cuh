@@ -1,0 +1,138 @@
+// Local attention's forward on tensor cores.
+//
+//   out_i = sum_j exp(s_ij - lse_i) value_j,   s_ij = scale <query_i, key_j> + rpb[j - i + K - 1]
+//
+// Grid: one CTA per batch entry, head, residue group and CTA tile. A CTA copies its halo of key and value to shared memory
+// (cp.async), then its warps take the CTA's tiles in turn, 16 queries each: scores of up to 112 keys stay in registers, their
+// softmax is exact; more keys follow by the online softmax. From DRAM query, key, value, out and lse move once; from L2 keys and
+// values halo / tile times (1.9 for 16 x 16 queries and K = 7).
+#pragma once
+
+#include "cuda/local_attention_mma.cuh"
+
+namespace natrpb::cuda::mma {
+
+template <class T>
+__device__ __attribute__((noinline)) void redo_forward(const Params& p, const Place& place, int32_t number) {
+  redo_rows(p, place, Tile(p, place, number), [&](const Row& row) { forward_row<T, kVector<T>>(p.op, row); });
+}
+
+template <class T, int kDim>
+__device__ bool forward_tile(const Params& p, const Place& place, int32_t number, unsigned char* shared) {
+  const unsigned char* keys = shared;
+  const unsigned char* values = shared + p.tiling.positions * (kDim * 2);
+  const float scale = static_cast<float>(p.op.scale) * kLog2E;
+  const Tile tile(p, place, number);
+  if (!tile.exists) return true;
+  const Columns columns(p, place, tile);
+  const float4* fragments = tile.fragments(p, place);
+  const int32_t pairs = columns.pairs();
+
+  uint32_t query[kDim / 16][4];
+  load_rows<T, kDim>(query, p, place, LaneRows(p, tile), p.op.query, p.op.head_dim);
+  float out[kDim / 8][4] = {};
+  float peak[2] = {-INFINITY, -INFINITY};  // of the products, hence in units of 1 / scale
+  float total[2] = {0.0f, 0.0f};           // this lane's share of sum exp2(scale (product - peak))
+
+  for (int32_t first = 0; first < pairs; first += kChunkPairs) {
+    const int32_t staged = p.tiling.streamed ? first : 0;
+    if (p.tiling.streamed) {
+      stage_chunk<T, kDim>(p, place, Tile(p, place, number), first, p.op.key,
+                           p.op.head_dim, p.op.value, p.op.value_dim, shared);
+    }
+    float s[kChunkPairs][2][4];
+    float top[2] = {peak[0], peak[1]};
+#pragma unroll
+    for (int i = 0; i < kChunkPairs; ++i) {
+      if (first + i < pairs) {
+        start_from(s[i], fragments + (first + i) * kPairFloat4);
+        multiply_straight<T, kDim>(s[i], query, keys, columns.straight<kDim>(first + i, staged));
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          top[0] = fmaxf(top[0], fmaxf(s[i][n][0], s[i][n][1]));
+          top[1] = fmaxf(top[1], fmaxf(s[i][n][2], s[i][n][3]));
+        }
+      }
+    }
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = quad_max(top[half]);
+      shift[half] = top[half] == -INFINITY ? 0.0f : top[half] * scale;  // no key of this row so far
+      if (first > 0) {
+        const float shrink = ptx::exp2_approx(peak[half] * scale - shift[half]);
+        total[half] *= shrink;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          out[n][2 * half] *= shrink;
+          out[n][2 * half + 1] *= shrink;
+        }
+      }
+      peak[half] = top[half];
+    }
+#pragma unroll
+    for (int i = 0; i < kChunkPairs; ++i) {
+      if (first + i < pairs) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            s[i][n][e] = ptx::exp2_approx(s[i][n][e] * scale - shift[e / 2]);
+            total[e / 2] += s[i][n][e];
+          }
+        }
+        uint32_t weights[4];
+        to_operand<T>(weights, s[i]);
+        multiply_transposed<T, kDim>(out, weights, values, columns.transposed<kDim>(first + i, staged));
+      }
+    }
+  }
+
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    total[half] = quad_sum(total[half]);
+    factor[half] = 1.0f / total[half];
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      out[n][2 * half] *= factor[half];
+      out[n][2 * half + 1] *= factor[half];
+    }
+  }
+  const LaneRows rows(p, Tile(p, place, number));  // found anew: registers are scarce above
+  if (any_bad(out, rows)) return false;
+  store_rows<T, kDim>(out, {1.0f, 1.0f}, p, place, rows, p.op.out, p.op.value_dim);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (threadIdx.x % 4 == 0 && rows.there[half]) {
+      float* lse = static_cast<float*>(p.op.lse.data) + place.offset(p, p.op.lse, rows.index[half]);
+      *lse = kLn2 * (peak[half] * scale + ptx::log2_approx(total[half]));
+    }
+  }
+  return true;
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 2 : 1)
+    forward_kernel(const __grid_constant__ Params p) {
+  Place& place = *shared_memory<Place>();
+  unsigned char* shared = shared_memory<unsigned char>() + sizeof(Place);
+  if (threadIdx.x == 0) {
+    const uint32_t map = blockIdx.x / static_cast<uint32_t>(p.tiling.ctas);  // batch * heads + head
+    place.find(p, map / static_cast<uint32_t>(p.op.heads), map % static_cast<uint32_t>(p.op.heads),
+               blockIdx.x % static_cast<uint32_t>(p.tiling.ctas));
+  }
+  __syncthreads();
+  if (!p.tiling.streamed) {
+    stage_halo<T, kDim>(p, place, p.op.key, p.op.head_dim, p.op.value, p.op.value_dim, shared);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+  uint32_t bad = 0;  // a bit for each tile of the CTA
+  for (int32_t number = threadIdx.x / 32; number < p.tiling.cta_tiles; number += p.tiling.warps) {
+    if (!forward_tile<T, kDim>(p, place, number, shared)) bad |= 1u << number;
+  }
+  for (; bad != 0; bad &= bad - 1) redo_forward<T>(p, place, __ffs(bad) - 1);
+}
+
+}  // namespace natrpb::cuda::mma

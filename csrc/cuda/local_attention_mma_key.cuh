@@ -1,0 +1,125 @@
+// The key pass of local attention's backward on tensor cores: dkey and dvalue. The tile of 16 rows are keys, the columns are
+// the queries that see them (the inverse neighborhood), so nothing is ever added to memory that another warp writes.
+//
+//   dvalue_j = sum_i p_ij dout_i,   dkey_j = scale sum_i ds_ij query_i
+//   p_ij = exp(s_ij - lse_i),       ds_ij = p_ij (<dout_i, value_j> - delta_i)
+//
+// Grid: one CTA per batch entry, head, residue group and CTA tile, as in the forward; shared memory holds query and dout of the
+// halo, and for each warp lse and delta of a chunk of columns. After the query pass, which writes lse and delta [B, h, *].
+// Bytes: query, key, value, dout, lse, delta in, dkey, dvalue out once from DRAM; query and dout halo / tile times from L2.
+#pragma once
+
+#include "cuda/local_attention_mma.cuh"
+
+namespace natrpb::cuda::mma {
+
+inline constexpr int kChunkColumns = kChunkPairs * kPairColumns;
+
+template <class T>
+__device__ __attribute__((noinline)) void redo_key(const Params& p, const Place& place, int32_t number) {
+  redo_rows(p, place, Tile(p, place, number),
+            [&](const Row& row) { backward_key_row<T, kVector<T>>(p.op, row, p.delta); });
+}
+
+// lse and delta of a tile's columns, from pair `first` on, to the warp's part of shared memory.
+__device__ __forceinline__ void load_stats(const Params& p, const Place& place, const Tile& tile, int32_t first, float2* stats) {
+  const Box box = tile.columns();
+  const int32_t begin = first * kPairColumns;
+  __syncwarp();
+  for (int32_t j = begin + threadIdx.x % 32; j < begin + kChunkColumns && j < ceil_div(box.count, kPairColumns) * kPairColumns;
+       j += 32) {
+    int32_t i[kAxes];
+    box.unravel(j < box.count ? j : box.count - 1, i);
+    const int64_t at = place.flat(p, i);
+    stats[j - begin] = {p.lse[at], p.delta[at]};
+  }
+  __syncwarp();
+}
+
+// Returns whether the tile's results are finite.
+template <class T, int kDim>
+__device__ bool key_tile(const Params& p, const Place& place, int32_t number, float2* stats, unsigned char* shared) {
+  const unsigned char* queries = shared;
+  const unsigned char* douts = shared + p.tiling.positions * (kDim * 2);
+  const float scale = static_cast<float>(p.op.scale) * kLog2E;
+  const Tile tile(p, place, number);
+  if (!tile.exists) return true;
+  const Columns columns(p, place, tile);
+  const float4* fragments = tile.fragments(p, place);
+  const int32_t pairs = columns.pairs();
+
+  uint32_t key[kDim / 16][4], value[kDim / 16][4];
+  load_rows<T, kDim>(key, p, place, LaneRows(p, tile), p.op.key, p.op.head_dim);
+  load_rows<T, kDim>(value, p, place, LaneRows(p, tile), p.op.value, p.op.value_dim);
+  float dkey[kDim / 8][4] = {}, dvalue[kDim / 8][4] = {};
+
+  for (int32_t first = 0; first < pairs; first += kChunkPairs) {
+    const int32_t staged = p.tiling.streamed ? first : 0;
+    if (p.tiling.streamed) {
+      stage_chunk<T, kDim>(p, place, Tile(p, place, number), first, p.op.query, p.op.head_dim, p.op.dout, p.op.value_dim, shared);
+    }
+    load_stats(p, place, Tile(p, place, number), first, stats);
+    const int32_t end = static_cast<int32_t>(min_of(first + kChunkPairs, pairs));
+#pragma unroll 1
+    for (int32_t pair = first; pair < end; ++pair) {
+      float s[2][4], dp[2][4];
+      const int32_t straight = columns.straight<kDim>(pair, staged), transposed = columns.transposed<kDim>(pair, staged);
+      start_from(s, fragments + pair * kPairFloat4);
+      multiply_straight<T, kDim>(s, key, queries, straight);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        // lse and delta of the lane's two columns
+        const float4 x = *reinterpret_cast<const float4*>(stats + (pair - first) * kPairColumns + n * 8 + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[n][e] = ptx::exp2_approx(s[n][e] * scale - (e % 2 ? x.z : x.x));
+          dp[n][e] = -(e % 2 ? x.w : x.y);
+        }
+      }
+      uint32_t operand[4];
+      to_operand<T>(operand, s);
+      multiply_transposed<T, kDim>(dvalue, operand, douts, transposed);
+      multiply_straight<T, kDim>(dp, value, douts, straight);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] *= dp[n][e];
+      }
+      to_operand<T>(operand, s);
+      multiply_transposed<T, kDim>(dkey, operand, queries, transposed);
+    }
+  }
+
+  const LaneRows rows(p, Tile(p, place, number));  // found anew: registers are scarce above
+  if (any_bad(dkey, rows) || any_bad(dvalue, rows)) return false;
+  const float factor = static_cast<float>(p.op.scale);
+  store_rows<T, kDim>(dkey, {factor, factor}, p, place, rows, p.op.dkey, p.op.head_dim);
+  store_rows<T, kDim>(dvalue, {1.0f, 1.0f}, p, place, rows, p.op.dvalue, p.op.value_dim);
+  return true;
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 2 : 1)
+    key_kernel(const __grid_constant__ Params p) {
+  Place& place = *shared_memory<Place>();
+  float2* stats = reinterpret_cast<float2*>(&place + 1);  // [warps, kChunkColumns]
+  unsigned char* shared = reinterpret_cast<unsigned char*>(stats + p.tiling.warps * kChunkColumns);
+  if (threadIdx.x == 0) {
+    const uint32_t map = blockIdx.x / static_cast<uint32_t>(p.tiling.ctas);  // batch * heads + head
+    place.find(p, map / static_cast<uint32_t>(p.op.heads), map % static_cast<uint32_t>(p.op.heads),
+               blockIdx.x % static_cast<uint32_t>(p.tiling.ctas));
+  }
+  __syncthreads();
+  if (!p.tiling.streamed) {
+    stage_halo<T, kDim>(p, place, p.op.query, p.op.head_dim, p.op.dout, p.op.value_dim, shared);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+  uint32_t bad = 0;  // a bit for each tile of the CTA
+  for (int32_t number = threadIdx.x / 32; number < p.tiling.cta_tiles; number += p.tiling.warps) {
+    if (!key_tile<T, kDim>(p, place, number, stats + threadIdx.x / 32 * kChunkColumns, shared)) bad |= 1u << number;
+  }
+  for (; bad != 0; bad &= bad - 1) redo_key<T>(p, place, __ffs(bad) - 1);
+}
+
+}  // namespace natrpb::cuda::mma

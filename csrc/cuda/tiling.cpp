@@ -1,0 +1,228 @@
+#include "cuda/tiling.h"
+
+#include <algorithm>
+
+namespace natrpb::cuda {
+
+namespace {
+
+// Fewer CTAs than this leave multiprocessors idle: smaller CTAs are then better than less traffic.
+constexpr int64_t kEnoughCtas = 264;
+
+bool same_structure(const AxisTiling& axis, int which, int32_t a, int32_t b) {
+  const int64_t size = axis.length[which];
+  const Interval rows_a = axis.rows_of(a, size), rows_b = axis.rows_of(b, size);
+  const int64_t count = std::max<int64_t>(rows_a.count(), 0);
+  if (count != std::max<int64_t>(rows_b.count(), 0)) return false;
+  for (int64_t r = 0; r < count; ++r) {
+    const Interval cols_a = axis.cols_of(rows_a.first + r, size), cols_b = axis.cols_of(rows_b.first + r, size);
+    if (cols_a.first - rows_a.first != cols_b.first - rows_b.first) return false;
+    if (cols_a.last - rows_a.first != cols_b.last - rows_b.first) return false;
+  }
+  return true;
+}
+
+int32_t greatest_common_divisor(int32_t a, int32_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
+int32_t count_tiles(const AxisTiling& axis, int64_t size) {
+  if (axis.axis.kind == AxisKind::kWindow) {
+    const int64_t shift = axis.axis.shift;
+    const int64_t windows = (shift > 0) + (size > shift ? ceil_div(size - shift, axis.axis.kernel_size) : 0);
+    return static_cast<int32_t>(windows * axis.window_tiles());
+  }
+  const int64_t first = axis.phase > 0 ? axis.phase : axis.tile();
+  return static_cast<int32_t>(1 + (size > first ? ceil_div(size - first, axis.tile()) : 0));
+}
+
+// Tiles whose structure repeats are a run in the middle, since clamping and ragged ends grow only towards the ends.
+void find_classes(AxisTiling& axis, int which) {
+  const int32_t tiles = axis.tiles[which];
+  const int32_t stride = static_cast<int32_t>(axis.axis.stride);
+  const int32_t period =
+      axis.axis.kind == AxisKind::kWindow ? axis.window_tiles() : stride / greatest_common_divisor(stride, axis.tile());
+  const int32_t middle = (tiles - period) / 2;
+  auto regular = [&](int32_t t) {
+    const int32_t offset = (t - middle) % period;
+    return same_structure(axis, which, t, middle + (offset < 0 ? offset + period : offset));
+  };
+  axis.head[which] = tiles;
+  axis.tail[which] = axis.period[which] = 0;
+  if (tiles < period + 2) return;
+  int32_t head = 0;
+  for (int32_t run = 0; run < period && head + run <= middle + period - 1;) {
+    if (regular(head + run)) {
+      ++run;
+    } else {
+      head += run + 1;
+      run = 0;
+    }
+  }
+  int32_t end = tiles;
+  for (int32_t run = 0; run < period && end - run - 1 >= middle;) {
+    if (regular(end - run - 1)) {
+      ++run;
+    } else {
+      end -= run + 1;
+      run = 0;
+    }
+  }
+  if (end - head <= period) return;
+  axis.head[which] = head;
+  axis.tail[which] = tiles - end;
+  axis.period[which] = period;
+}
+
+void cut_axis(AxisTiling& axis, int32_t log_tile) {
+  const Axis& a = axis.axis;
+  axis.log_tile = log_tile;
+  // Keys that see more queries than others end at K - 1: no tile shall hold both sorts.
+  axis.phase = axis.transposed && a.kind == AxisKind::kNeighborhood ? static_cast<int32_t>(a.kernel_size % axis.tile()) : 0;
+  axis.length[0] = static_cast<int32_t>(a.group_length(0));
+  axis.lengths = a.length > a.dilation && a.length % a.dilation != 0 ? 2 : 1;
+  axis.length[1] = static_cast<int32_t>(a.group_length(a.groups() - 1));
+  axis.classes = 0;
+  axis.cols = 1;
+  for (int which = 0; which < axis.lengths; ++which) {
+    axis.tiles[which] = count_tiles(axis, axis.length[which]);
+    find_classes(axis, which);
+    axis.classes += axis.head[which] + axis.period[which] + axis.tail[which];
+  }
+  for (int32_t c = 0; c < axis.classes; ++c) {
+    const AxisTiling::Member member = axis.member_of(c);
+    if (member.tile >= 0) axis.cols = std::max(axis.cols, axis.span_of(member.which, member.tile).cols);
+  }
+}
+
+// Groups CTAs of `cta_tiles` tiles and finds the widest halo; all structures show within `reach` CTAs of either end.
+void group_axis(AxisTiling& axis, int32_t cta_tiles) {
+  axis.cta_tiles = cta_tiles;
+  axis.ctas = static_cast<int32_t>(ceil_div(axis.tiles[0], cta_tiles));
+  axis.halo = 1;
+  for (int which = 0; which < axis.lengths; ++which) {
+    const int32_t ends = std::max(axis.head[which], axis.tail[which]) + 2 * axis.period[which];
+    const int32_t reach = ends / cta_tiles + 2;
+    for (int32_t cta = 0; cta < axis.ctas; ++cta) {
+      if (cta == reach && axis.ctas - reach > cta) cta = axis.ctas - reach;
+      axis.halo = std::max(axis.halo, axis.halo_of(which, cta).count);
+    }
+  }
+}
+
+// Columns that tiles of `rows` rows see in the middle of an axis.
+int64_t interior_cols(const Axis& axis, int64_t rows) {
+  if (axis.kind == AxisKind::kWindow) return std::min(axis.kernel_size, axis.group_length(0));
+  return std::min(rows + axis.kernel_size - 1, axis.group_length(0));
+}
+
+// The shape of a tile: the one with the fewest products over the whole map.
+void choose_tile(const LocalAttentionParams& params, int32_t (&log_tile)[kAxes]) {
+  int64_t best = INT64_MAX;
+  for (int32_t i = 0; i <= 4; ++i) {
+    for (int32_t j = 0; i + j <= 4; ++j) {
+      const int32_t logs[kAxes] = {i, j, 4 - i - j};
+      int64_t tiles = 1, columns = 1;
+      for (int a = 0; a < kAxes; ++a) {
+        const Axis& axis = params.axis[a];
+        const int64_t rows = int64_t{1} << logs[a];
+        const int64_t length = axis.group_length(0);
+        const int64_t extent = axis.kind == AxisKind::kWindow ? std::min(axis.kernel_size, length) : length;
+        tiles *= ceil_div(extent, rows);
+        columns *= interior_cols(axis, rows);
+      }
+      const int64_t cost = tiles * (ceil_div(columns, kPairColumns) + 1);  // a tile's own cost is about that of a pair
+      if (cost < best) {
+        best = cost;
+        std::copy(logs, logs + kAxes, log_tile);
+      }
+    }
+  }
+}
+
+// Pads the halo so that columns which follow each other in a tile lie in different banks: their positions differ mod 8.
+void lay_out(Tiling& tiling) {
+  auto congruent = [](int32_t least, int32_t residue) { return least + ((residue - least) % 8 + 8) % 8; };
+  const AxisTiling* axis = tiling.axis;
+  tiling.pitch = congruent(axis[2].halo, axis[2].cols);
+  tiling.plane = axis[0].halo == 1 ? axis[1].halo * tiling.pitch
+                                   : congruent(axis[1].halo * tiling.pitch, axis[1].cols * axis[2].cols);
+  tiling.positions = (axis[0].halo - 1) * tiling.plane + (axis[1].halo - 1) * tiling.pitch + axis[2].halo;
+}
+
+void choose_ctas(Tiling& tiling, const LocalAttentionParams& params, int channels, const TilingLimits& limits) {
+  constexpr int32_t kCounts[] = {1, 2, 3, 4, 6, 8, 12, 16};
+  constexpr int kBytes = 2 * 2;  // two tensors of 16-bit numbers
+  double best = -1.0;
+  int32_t chosen[kAxes] = {1, 1, 1};
+  for (int32_t i : kCounts) {
+    for (int32_t j : kCounts) {
+      for (int32_t k : kCounts) {
+        const int32_t counts[kAxes] = {i, j, k};
+        if (i * j * k > limits.most_tiles) continue;
+        double ctas = 1.0, halo = 1.0;
+        bool fits = true;
+        for (int a = 0; a < kAxes; ++a) {
+          const AxisTiling& axis = tiling.axis[a];
+          const bool window = axis.axis.kind == AxisKind::kWindow;
+          const int32_t unit = window ? axis.window_tiles() : 1;
+          fits &= counts[a] <= axis.tiles[0] && (unit % counts[a] == 0 || counts[a] % unit == 0);
+          ctas *= static_cast<double>(ceil_div(axis.tiles[0], counts[a])) * axis.groups();
+          const int64_t windows = ceil_div(counts[a], unit);
+          halo *= static_cast<double>(window ? windows * interior_cols(axis.axis, 1)
+                                             : std::min<int64_t>(axis.cols + (counts[a] - 1) * axis.tile(), axis.length[0]));
+        }
+        const int64_t warps = std::min(i * j * k, kMaxWarps);
+        const double bytes = halo * channels * kBytes * 1.15 + static_cast<double>(warps * limits.bytes_per_warp);
+        if (!fits || (bytes > static_cast<double>(limits.comfortable_bytes) && i * j * k > 1)) continue;
+        const double idle = std::max(1.0, kEnoughCtas / (ctas * static_cast<double>(params.batch * params.heads)));
+        const double cost = ctas * halo * idle * (1.0 + 0.01 * i * j * k);  // at equal traffic the smaller CTA
+        if (best < 0.0 || cost < best) {
+          best = cost;
+          std::copy(counts, counts + kAxes, chosen);
+        }
+      }
+    }
+  }
+  for (int a = 0; a < kAxes; ++a) group_axis(tiling.axis[a], chosen[a]);
+  lay_out(tiling);
+}
+
+}  // namespace
+
+Tiling make_tiling(const LocalAttentionParams& params, bool transposed, int channels, const TilingLimits& limits) {
+  Tiling tiling;
+  tiling.transposed = transposed;
+  int32_t log_tile[kAxes];
+  choose_tile(params, log_tile);
+  int64_t cols = 1;
+  tiling.classes = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    AxisTiling& axis = tiling.axis[a];
+    axis.axis = params.axis[a];
+    axis.transposed = transposed;
+    cut_axis(axis, log_tile[a]);
+    cols *= axis.cols;
+    tiling.classes *= axis.classes;
+  }
+  tiling.pairs = static_cast<int32_t>(ceil_div(cols, kPairColumns));
+  choose_ctas(tiling, params, channels, limits);
+  tiling.cta_tiles = tiling.axis[0].cta_tiles * tiling.axis[1].cta_tiles * tiling.axis[2].cta_tiles;
+  tiling.warps = std::min(tiling.cta_tiles, kMaxWarps);
+  const int64_t row_bytes = int64_t{2} * 2 * channels;
+  tiling.streamed = tiling.positions * row_bytes + tiling.warps * limits.bytes_per_warp > limits.shared_bytes;
+  if (tiling.streamed) {
+    for (AxisTiling& axis : tiling.axis) group_axis(axis, 1);
+    tiling.cta_tiles = tiling.warps = 1;
+    tiling.positions = kChunkPairs * kPairColumns;
+  }
+  for (int a = 0; a < kAxes; ++a) {
+    const AxisTiling& axis = tiling.axis[a];
+    tiling.span_base[a] = tiling.spans;
+    tiling.halo_base[a] = tiling.halos;
+    tiling.spans += axis.lengths * axis.tiles[0];
+    tiling.halos += axis.lengths * axis.ctas;
+    tiling.ctas *= static_cast<int64_t>(axis.ctas) * axis.groups();
+  }
+  return tiling;
+}
+
+}  // namespace natrpb::cuda

@@ -1,0 +1,161 @@
+// The local-attention ops over a backend: tensors in, LocalAttentionParams to the backend's launchers, tensors out.
+// Schemas are in library.cpp.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "local_attention_call.h"
+
+namespace natrpb::binding {
+
+template <class Backend>
+struct LocalAttentionOps {
+  using Call = LocalAttentionCall;
+  using Params = LocalAttentionParams;
+
+  static std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rpb, Ints kernel_size,
+                                            Ints stride, Ints dilation, Ints kind, Ints shift, double scale) {
+    const Backend backend("query", query);
+    Call call("query", query, Layout::kHeadsLast, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.scale = scale;
+    take_inputs(backend, call, query, key, value);
+    const std::optional<Tensor> table = take_rpb(backend, call, rpb);
+    Tensor out = call.empty(query, call.sizes(p.value_dim), query.scalar_type());
+    Tensor lse = call.empty(query, call.sizes(0), wide_type(p.dtype));
+    p.out = call.view(out);
+    p.lse = call.view(lse);
+    const Tensor memory = call.workspace(query, backend.local_attention_forward_workspace(p));
+    finish(backend.local_attention_forward(p));
+    return {out, lse};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor query, Tensor key,
+                                                             Tensor value, std::optional<Tensor> rpb, Tensor out, Tensor lse,
+                                                             Ints kernel_size, Ints stride, Ints dilation, Ints kind,
+                                                             Ints shift, double scale) {
+    const Backend backend("query", query);
+    Call call("query", query, Layout::kHeadsLast, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.scale = scale;
+    take_inputs(backend, call, query, key, value);
+    p.dout = take(backend, call, "dout", dout, p.value_dim);
+    p.out = take(backend, call, "out", out, p.value_dim);
+    p.lse = take_per_query(backend, call, "lse", lse);
+    if (dlse) p.dlse = take_per_query(backend, call, "dlse", *dlse);
+    const std::optional<Tensor> table = take_rpb(backend, call, rpb);
+    Tensor dquery = call.empty(query, call.sizes(p.head_dim), query.scalar_type());
+    const ScalarType sums = backend.local_attention_backward_is_wide(p) ? ScalarType::Float : query.scalar_type();
+    Tensor dkey = call.empty(query, call.sizes(p.head_dim), sums);
+    Tensor dvalue = call.empty(query, call.sizes(p.value_dim), sums);
+    Tensor drpb = call.empty(query, rpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
+    p.dquery = call.view(dquery);
+    p.dkey = call.view(dkey);
+    p.dvalue = call.view(dvalue);
+    if (rpb) p.drpb = drpb.data_ptr();
+    const Tensor memory = call.workspace(query, backend.local_attention_backward_workspace(p));
+    finish(backend.local_attention_backward(p));
+    return {dquery, rounded(dkey, query), rounded(dvalue, query), drpb};
+  }
+
+  static Tensor qk(Tensor query, Tensor key, std::optional<Tensor> rpb, Ints kernel_size, Ints stride, Ints dilation, Ints kind,
+                   Ints shift, double fill) {
+    const Backend backend("query", query);
+    Call call("query", query, Layout::kHeadsFirst, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.fill = fill;
+    p.head_dim = query.size(query.dim() - 1);
+    p.query = take(backend, call, "query", query, p.head_dim);
+    p.key = take(backend, call, "key", key, p.head_dim);
+    const std::optional<Tensor> table = take_rpb(backend, call, rpb);
+    Tensor attn = call.empty(query, call.sizes(call.slots()), query.scalar_type());
+    p.attn = call.view(attn);
+    finish(backend.local_qk(p));
+    return attn;
+  }
+
+  static Tensor av(Tensor attn, Tensor value, Ints kernel_size, Ints stride, Ints dilation, Ints kind, Ints shift) {
+    const Backend backend("value", value);
+    Call call("value", value, Layout::kHeadsFirst, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.value_dim = value.size(value.dim() - 1);
+    p.value = take(backend, call, "value", value, p.value_dim);
+    p.attn = take(backend, call, "attn", attn, call.slots());
+    Tensor out = call.empty(value, call.sizes(p.value_dim), value.scalar_type());
+    p.out = call.view(out);
+    finish(backend.local_av(p));
+    return out;
+  }
+
+  static Tensor av_transposed(Tensor attn, Tensor x, Ints kernel_size, Ints stride, Ints dilation, Ints kind, Ints shift) {
+    const Backend backend("x", x);
+    Call call("x", x, Layout::kHeadsFirst, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.value_dim = x.size(x.dim() - 1);
+    p.dout = take(backend, call, "x", x, p.value_dim);
+    p.attn = take(backend, call, "attn", attn, call.slots());
+    const ScalarType sums = backend.local_av_transposed_is_wide(p) ? ScalarType::Float : x.scalar_type();
+    Tensor out = call.empty(x, call.sizes(p.value_dim), sums);
+    p.dvalue = call.view(out);
+    finish(backend.local_av_transposed(p));
+    return rounded(out, x);
+  }
+
+  static Tensor bias_grad(Tensor dattn, Ints kernel_size, Ints stride, Ints dilation, Ints kind, Ints shift) {
+    const Backend backend("dattn", dattn);
+    Call call("dattn", dattn, Layout::kHeadsFirst, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.attn = take(backend, call, "dattn", dattn, call.slots());
+    Tensor drpb = call.empty(dattn, call.rpb_sizes(), wide_type(p.dtype));
+    p.drpb = drpb.data_ptr();
+    const Tensor memory = call.workspace(dattn, backend.local_bias_grad_workspace(p));
+    finish(backend.local_bias_grad(p));
+    return drpb;
+  }
+
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("local_attention_forward", TORCH_BOX(&LocalAttentionOps::forward));
+    m.impl("local_attention_backward", TORCH_BOX(&LocalAttentionOps::backward));
+    m.impl("local_qk", TORCH_BOX(&LocalAttentionOps::qk));
+    m.impl("local_av", TORCH_BOX(&LocalAttentionOps::av));
+    m.impl("local_av_transposed", TORCH_BOX(&LocalAttentionOps::av_transposed));
+    m.impl("local_bias_grad", TORCH_BOX(&LocalAttentionOps::bias_grad));
+  }
+
+ private:
+  // Checks a tensor of `channels`, gives it contiguous channels, and returns its view. NB: the tensor must outlive the view.
+  static View take(const Backend& backend, const Call& call, const char* name, Tensor& t, int64_t channels) {
+    call.check(name, t, channels, call.params.dtype);
+    backend.check_device(name, t);
+    t = with_contiguous_channels(t);
+    return call.view(t);
+  }
+
+  static View take_per_query(const Backend& backend, const Call& call, const char* name, const Tensor& t) {
+    call.check(name, t, 0, wide(call.params.dtype));
+    backend.check_device(name, t);
+    return call.view(t);
+  }
+
+  static void take_inputs(const Backend& backend, Call& call, Tensor& query, Tensor& key, Tensor& value) {
+    Params& p = call.params;
+    p.head_dim = query.size(query.dim() - 1);
+    p.value_dim = value.size(value.dim() - 1);
+    p.query = take(backend, call, "query", query, p.head_dim);
+    p.key = take(backend, call, "key", key, p.head_dim);
+    p.value = take(backend, call, "value", value, p.value_dim);
+  }
+
+  // The table that params.rpb now points to; it must be kept until the launch.
+  static std::optional<Tensor> take_rpb(const Backend& backend, Call& call, const std::optional<Tensor>& rpb) {
+    if (!rpb) return std::nullopt;
+    backend.check_device("rpb", *rpb);
+    const Tensor table = call.rpb(*rpb);
+    call.params.rpb = table.data_ptr();
+    return table;
+  }
+};
+
+}  // namespace natrpb::binding
