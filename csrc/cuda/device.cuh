@@ -1,7 +1,7 @@
 // What every kernel file starts from: the CUDA built-ins, the block's dynamic shared memory and the one way to launch.
 //
-// nvcc takes the built-ins from the CUDA runtime. With NATRPB_EMULATOR a C++ compiler takes them from tests/emulator, which runs
-// the same source on the CPU. `extern __shared__` and launch brackets do not parse there: hence shared_memory() and launch().
+// nvcc takes the built-ins from the CUDA runtime. With NATRPB_EMULATOR a C++ compiler takes them from tests/emulator, which
+// runs the same source on the CPU. `extern __shared__` and launch brackets do not parse there: hence shared_memory(), launch().
 #pragma once
 
 #ifdef NATRPB_EMULATOR

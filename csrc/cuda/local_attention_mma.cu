@@ -34,8 +34,8 @@ int width_of(const LocalAttentionParams& params) {
 TilingLimits device_limits() {
   const SharedMemoryLimits shared = shared_memory_limits();
   TilingLimits limits;
-  limits.shared_bytes = shared.block - static_cast<int64_t>(sizeof(Place));
-  limits.comfortable_bytes = shared.multiprocessor / 3 - 1024 - static_cast<int64_t>(sizeof(Place));
+  limits.shared_bytes = shared.block - static_cast<int64_t>(sizeof(CtaState));
+  limits.comfortable_bytes = shared.multiprocessor / 3 - 1024 - static_cast<int64_t>(sizeof(CtaState));
   return limits;
 }
 

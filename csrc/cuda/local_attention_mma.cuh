@@ -22,6 +22,13 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr int kPairFloat4 = 2 * 32;  // float4 of a pair's fragment: two n-tiles, 32 lanes
 
+// Blocks of the two backward kernels that share a multiprocessor, at widths up to 32: as many as registers allow without spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr int kBackwardBlocks = 2;
+#else
+inline constexpr int kBackwardBlocks = 3;
+#endif
+
 struct Params {
   LocalAttentionParams op;
   Tiling tiling;
@@ -115,13 +122,17 @@ struct Box {
   }
 };
 
-// A warp's tile.
+// A warp's tile, in shared memory too.
 struct Tile {
   TileSpan span[kAxes];
-  int32_t klass = 0;
-  bool exists = true;
+  int32_t klass;
+  bool exists;
 
-  __device__ Tile(const Params& p, const Place& place, int32_t number) {
+  Tile() = default;
+  __device__ Tile(const Params& p, const Place& place, int32_t number) { find(p, place, number); }
+  __device__ void find(const Params& p, const Place& place, int32_t number) {
+    klass = 0;
+    exists = true;
 #pragma unroll
     for (int a = kAxes - 1; a >= 0; --a) {
       const AxisTiling& axis = p.tiling.axis[a];
@@ -163,10 +174,27 @@ struct Tile {
   }
 };
 
-// What a warp of the query pass keeps in shared memory beside the halo.
+// What a CTA keeps in shared memory before the halo.
+struct CtaState {
+  Place place;
+  Tile tile[kMaxWarps];
+  uint32_t bad[kMaxWarps];  // bit n: tile n of the CTA, this warp's, has a result that is not finite
+
+  // Each warp calls it for itself.
+  __device__ const Tile& find_tile(const Params& p, int32_t number) {
+    Tile& own = tile[threadIdx.x / 32];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) own.find(p, place, number);
+    __syncwarp();
+    return own;
+  }
+};
+
+// What a warp of the query pass keeps there besides.
 struct WarpState {
   Place place;                 // of an item that is done again
   Tile tile;                   // whose class the sums belong to
+  int32_t head, end;           // of the CTA's run of items
   int32_t first_bad, end_bad;  // the items whose results are not finite lie in [first_bad, end_bad)
 };
 
@@ -264,6 +292,7 @@ struct Columns {
 
   // `staged` is the first pair in shared memory, 0 unless the tile is streamed.
   __device__ int32_t position(int32_t j, int32_t staged) const {
+    ptx::pin(j);  // computed where it is used: seven at once would cost registers
     j = j < count ? j : count - 1;
     return base + j - staged * kPairColumns + by_row(j) * row_skip + (plane_skip != 0 ? by_plane(j) * plane_skip : 0);
   }

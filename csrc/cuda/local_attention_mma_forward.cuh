@@ -13,17 +13,15 @@
 namespace natrpb::cuda::mma {
 
 template <class T>
-__device__ __attribute__((noinline)) void redo_forward(const Params& p, const Place& place, int32_t number) {
-  redo_rows(p, place, Tile(p, place, number), [&](const Row& row) { forward_row<T, kVector<T>>(p.op, row); });
+__device__ __attribute__((noinline)) void redo_forward(const Params& p, CtaState& state, int32_t number) {
+  redo_rows(p, state.place, state.find_tile(p, number), [&](const Row& row) { forward_row<T, kVector<T>>(p.op, row); });
 }
 
 template <class T, int kDim>
-__device__ bool forward_tile(const Params& p, const Place& place, int32_t number, unsigned char* shared) {
+__device__ bool forward_tile(const Params& p, const Place& place, const Tile& tile, unsigned char* shared) {
   const unsigned char* keys = shared;
   const unsigned char* values = shared + p.tiling.positions * (kDim * 2);
   const float scale = static_cast<float>(p.op.scale) * kLog2E;
-  const Tile tile(p, place, number);
-  if (!tile.exists) return true;
   const Columns columns(p, place, tile);
   const float4* fragments = tile.fragments(p, place);
   const int32_t pairs = columns.pairs();
@@ -37,7 +35,7 @@ __device__ bool forward_tile(const Params& p, const Place& place, int32_t number
   for (int32_t first = 0; first < pairs; first += kChunkPairs) {
     const int32_t staged = p.tiling.streamed ? first : 0;
     if (p.tiling.streamed) {
-      stage_chunk<T, kDim>(p, place, Tile(p, place, number), first, p.op.key,
+      stage_chunk<T, kDim>(p, place, tile, first, p.op.key,
                            p.op.head_dim, p.op.value, p.op.value_dim, shared);
     }
     float s[kChunkPairs][2][4];
@@ -99,7 +97,7 @@ __device__ bool forward_tile(const Params& p, const Place& place, int32_t number
       out[n][2 * half + 1] *= factor[half];
     }
   }
-  const LaneRows rows(p, Tile(p, place, number));  // found anew: registers are scarce above
+  const LaneRows rows(p, tile);  // found anew: registers are scarce above
   if (any_bad(out, rows)) return false;
   store_rows<T, kDim>(out, {1.0f, 1.0f}, p, place, rows, p.op.out, p.op.value_dim);
 #pragma unroll
@@ -115,8 +113,9 @@ __device__ bool forward_tile(const Params& p, const Place& place, int32_t number
 template <class T, int kDim>
 __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 2 : 1)
     forward_kernel(const __grid_constant__ Params p) {
-  Place& place = *shared_memory<Place>();
-  unsigned char* shared = shared_memory<unsigned char>() + sizeof(Place);
+  CtaState& state = *shared_memory<CtaState>();
+  Place& place = state.place;
+  unsigned char* shared = reinterpret_cast<unsigned char*>(&state + 1);
   if (threadIdx.x == 0) {
     const uint32_t map = blockIdx.x / static_cast<uint32_t>(p.tiling.ctas);  // batch * heads + head
     place.find(p, map / static_cast<uint32_t>(p.op.heads), map % static_cast<uint32_t>(p.op.heads),
@@ -128,11 +127,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 
     ptx::cp_async_wait<0>();
     __syncthreads();
   }
-  uint32_t bad = 0;  // a bit for each tile of the CTA
+  uint32_t& bad = state.bad[threadIdx.x / 32];
+  if (threadIdx.x % 32 == 0) bad = 0;
   for (int32_t number = threadIdx.x / 32; number < p.tiling.cta_tiles; number += p.tiling.warps) {
-    if (!forward_tile<T, kDim>(p, place, number, shared)) bad |= 1u << number;
+    const Tile& tile = state.find_tile(p, number);
+    if (tile.exists && !forward_tile<T, kDim>(p, place, tile, shared) && threadIdx.x % 32 == 0) bad |= 1u << number;
   }
-  for (; bad != 0; bad &= bad - 1) redo_forward<T>(p, place, __ffs(bad) - 1);
+  __syncwarp();
+  for (uint32_t left = bad; left != 0; left &= left - 1) redo_forward<T>(p, state, __ffs(left) - 1);
 }
 
 }  // namespace natrpb::cuda::mma

@@ -6,6 +6,7 @@
 //
 // Grid: one CTA per batch entry, head, residue group and CTA tile, as in the forward; shared memory holds query and dout of the
 // halo, and for each warp lse and delta of a chunk of columns. After the query pass, which writes lse and delta [B, h, *].
+// A width of 128 takes two sweeps, since the sums of dkey and dvalue together do not fit a thread's registers.
 // Bytes: query, key, value, dout, lse, delta in, dkey, dvalue out once from DRAM; query and dout halo / tile times from L2.
 #pragma once
 
@@ -16,8 +17,8 @@ namespace natrpb::cuda::mma {
 inline constexpr int kChunkColumns = kChunkPairs * kPairColumns;
 
 template <class T>
-__device__ __attribute__((noinline)) void redo_key(const Params& p, const Place& place, int32_t number) {
-  redo_rows(p, place, Tile(p, place, number),
+__device__ __attribute__((noinline)) void redo_key(const Params& p, CtaState& state, int32_t number) {
+  redo_rows(p, state.place, state.find_tile(p, number),
             [&](const Row& row) { backward_key_row<T, kVector<T>>(p.op, row, p.delta); });
 }
 
@@ -36,29 +37,27 @@ __device__ __forceinline__ void load_stats(const Params& p, const Place& place, 
   __syncwarp();
 }
 
-// Returns whether the tile's results are finite.
-template <class T, int kDim>
-__device__ bool key_tile(const Params& p, const Place& place, int32_t number, float2* stats, unsigned char* shared) {
+// dkey, dvalue or both of a tile; returns whether they are finite.
+template <class T, int kDim, bool kWantsKey, bool kWantsValue>
+__device__ bool key_tile(const Params& p, const Place& place, const Tile& tile, float2* stats, unsigned char* shared) {
   const unsigned char* queries = shared;
   const unsigned char* douts = shared + p.tiling.positions * (kDim * 2);
   const float scale = static_cast<float>(p.op.scale) * kLog2E;
-  const Tile tile(p, place, number);
-  if (!tile.exists) return true;
   const Columns columns(p, place, tile);
   const float4* fragments = tile.fragments(p, place);
   const int32_t pairs = columns.pairs();
 
   uint32_t key[kDim / 16][4], value[kDim / 16][4];
   load_rows<T, kDim>(key, p, place, LaneRows(p, tile), p.op.key, p.op.head_dim);
-  load_rows<T, kDim>(value, p, place, LaneRows(p, tile), p.op.value, p.op.value_dim);
+  if constexpr (kWantsKey) load_rows<T, kDim>(value, p, place, LaneRows(p, tile), p.op.value, p.op.value_dim);
   float dkey[kDim / 8][4] = {}, dvalue[kDim / 8][4] = {};
 
   for (int32_t first = 0; first < pairs; first += kChunkPairs) {
     const int32_t staged = p.tiling.streamed ? first : 0;
     if (p.tiling.streamed) {
-      stage_chunk<T, kDim>(p, place, Tile(p, place, number), first, p.op.query, p.op.head_dim, p.op.dout, p.op.value_dim, shared);
+      stage_chunk<T, kDim>(p, place, tile, first, p.op.query, p.op.head_dim, p.op.dout, p.op.value_dim, shared);
     }
-    load_stats(p, place, Tile(p, place, number), first, stats);
+    load_stats(p, place, tile, first, stats);
     const int32_t end = static_cast<int32_t>(min_of(first + kChunkPairs, pairs));
 #pragma unroll 1
     for (int32_t pair = first; pair < end; ++pair) {
@@ -78,31 +77,36 @@ __device__ bool key_tile(const Params& p, const Place& place, int32_t number, fl
       }
       uint32_t operand[4];
       to_operand<T>(operand, s);
-      multiply_transposed<T, kDim>(dvalue, operand, douts, transposed);
-      multiply_straight<T, kDim>(dp, value, douts, straight);
+      if constexpr (kWantsValue) multiply_transposed<T, kDim>(dvalue, operand, douts, transposed);
+      if constexpr (kWantsKey) {
+        multiply_straight<T, kDim>(dp, value, douts, straight);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] *= dp[n][e];
+          for (int e = 0; e < 4; ++e) s[n][e] *= dp[n][e];
+        }
+        to_operand<T>(operand, s);
+        multiply_transposed<T, kDim>(dkey, operand, queries, transposed);
       }
-      to_operand<T>(operand, s);
-      multiply_transposed<T, kDim>(dkey, operand, queries, transposed);
     }
   }
 
-  const LaneRows rows(p, Tile(p, place, number));  // found anew: registers are scarce above
-  if (any_bad(dkey, rows) || any_bad(dvalue, rows)) return false;
-  const float factor = static_cast<float>(p.op.scale);
-  store_rows<T, kDim>(dkey, {factor, factor}, p, place, rows, p.op.dkey, p.op.head_dim);
-  store_rows<T, kDim>(dvalue, {1.0f, 1.0f}, p, place, rows, p.op.dvalue, p.op.value_dim);
+  const LaneRows rows(p, tile);  // found anew: registers are scarce above
+  if ((kWantsKey && any_bad(dkey, rows)) || (kWantsValue && any_bad(dvalue, rows))) return false;
+  if constexpr (kWantsKey) {
+    const float factor = static_cast<float>(p.op.scale);
+    store_rows<T, kDim>(dkey, {factor, factor}, p, place, rows, p.op.dkey, p.op.head_dim);
+  }
+  if constexpr (kWantsValue) store_rows<T, kDim>(dvalue, {1.0f, 1.0f}, p, place, rows, p.op.dvalue, p.op.value_dim);
   return true;
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? kBackwardBlocks : kDim == 64 ? 2 : 1)
     key_kernel(const __grid_constant__ Params p) {
-  Place& place = *shared_memory<Place>();
-  float2* stats = reinterpret_cast<float2*>(&place + 1);  // [warps, kChunkColumns]
+  CtaState& state = *shared_memory<CtaState>();
+  Place& place = state.place;
+  float2* stats = reinterpret_cast<float2*>(&state + 1);  // [warps, kChunkColumns]
   unsigned char* shared = reinterpret_cast<unsigned char*>(stats + p.tiling.warps * kChunkColumns);
   if (threadIdx.x == 0) {
     const uint32_t map = blockIdx.x / static_cast<uint32_t>(p.tiling.ctas);  // batch * heads + head
@@ -115,11 +119,23 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 
     ptx::cp_async_wait<0>();
     __syncthreads();
   }
-  uint32_t bad = 0;  // a bit for each tile of the CTA
+  uint32_t& bad = state.bad[threadIdx.x / 32];
+  if (threadIdx.x % 32 == 0) bad = 0;
   for (int32_t number = threadIdx.x / 32; number < p.tiling.cta_tiles; number += p.tiling.warps) {
-    if (!key_tile<T, kDim>(p, place, number, stats + threadIdx.x / 32 * kChunkColumns, shared)) bad |= 1u << number;
+    const Tile& tile = state.find_tile(p, number);
+    if (!tile.exists) continue;
+    float2* const own = stats + threadIdx.x / 32 * kChunkColumns;
+    bool good;
+    if constexpr (kDim <= 64) {
+      good = key_tile<T, kDim, true, true>(p, place, tile, own, shared);
+    } else {
+      good = key_tile<T, kDim, true, false>(p, place, tile, own, shared) &
+             key_tile<T, kDim, false, true>(p, place, tile, own, shared);
+    }
+    if (!good && threadIdx.x % 32 == 0) bad |= 1u << number;
   }
-  for (; bad != 0; bad &= bad - 1) redo_key<T>(p, place, __ffs(bad) - 1);
+  __syncwarp();
+  for (uint32_t left = bad; left != 0; left &= left - 1) redo_key<T>(p, state, __ffs(left) - 1);
 }
 
 }  // namespace natrpb::cuda::mma

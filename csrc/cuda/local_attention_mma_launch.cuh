@@ -17,13 +17,13 @@ int64_t halo_bytes(const Tiling& tiling) {
 template <class T, int kDim>
 Status Kernels<T, kDim>::forward(const Params& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.op.batch * p.op.heads * p.tiling.ctas));
-  return launch(forward_kernel<T, kDim>, grid, 32 * p.tiling.warps, sizeof(Place) + halo_bytes<kDim>(p.tiling), stream, p);
+  return launch(forward_kernel<T, kDim>, grid, 32 * p.tiling.warps, sizeof(CtaState) + halo_bytes<kDim>(p.tiling), stream, p);
 }
 
 template <class T, int kDim>
 Status Kernels<T, kDim>::query(const Params& p, void* stream) {
   const int64_t sums = p.partials && !p.sums ? p.tiling.pairs * kPairFloat4 * static_cast<int64_t>(sizeof(float4)) : 0;
-  const int64_t bytes = sizeof(Place) + p.tiling.warps * (sizeof(WarpState) + sums) + halo_bytes<kDim>(p.tiling);
+  const int64_t bytes = sizeof(CtaState) + p.tiling.warps * (sizeof(WarpState) + sums) + halo_bytes<kDim>(p.tiling);
   const dim3 grid(static_cast<unsigned>(p.op.heads * p.runs));
   if constexpr (kDim <= kMostRegisterDim) {
     if (p.sums_in_registers) return launch(query_kernel<T, kDim, true>, grid, 32 * p.tiling.warps, bytes, stream, p);
@@ -35,7 +35,7 @@ template <class T, int kDim>
 Status Kernels<T, kDim>::key(const Params& p, void* stream) {
   const int64_t stats = p.tiling.warps * kChunkColumns * static_cast<int64_t>(sizeof(float2));
   const dim3 grid(static_cast<unsigned>(p.op.batch * p.op.heads * p.tiling.ctas));
-  return launch(key_kernel<T, kDim>, grid, 32 * p.tiling.warps, sizeof(Place) + stats + halo_bytes<kDim>(p.tiling), stream, p);
+  return launch(key_kernel<T, kDim>, grid, 32 * p.tiling.warps, sizeof(CtaState) + stats + halo_bytes<kDim>(p.tiling), stream, p);
 }
 
 }  // namespace natrpb::cuda::mma

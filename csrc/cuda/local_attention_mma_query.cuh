@@ -48,9 +48,9 @@ __device__ __forceinline__ void find_place(const Params& p, Place& place, int32_
 }
 
 template <class T>
-__device__ __attribute__((noinline)) void redo_query(const Params& p, WarpState& state, int32_t head, int32_t item) {
+__device__ __attribute__((noinline)) void redo_query(const Params& p, WarpState& state, int32_t item) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) find_place(p, state.place, head, item);
+  if (threadIdx.x % 32 == 0) find_place(p, state.place, state.head, item);
   __syncwarp();
   const Tile tile(p, state.place, threadIdx.x / 32);
   if (!tile.exists) return;
@@ -183,10 +183,11 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
 }
 
 template <class T, int kDim, bool kInRegisters>
-__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? kBackwardBlocks : kDim == 64 ? 2 : 1)
     query_kernel(const __grid_constant__ Params p) {
-  Place& place = *shared_memory<Place>();
-  WarpState* states = reinterpret_cast<WarpState*>(&place + 1);
+  CtaState& cta = *shared_memory<CtaState>();
+  Place& place = cta.place;
+  WarpState* states = reinterpret_cast<WarpState*>(&cta + 1);
   WarpState& state = states[threadIdx.x / 32];
   float4* shared_sums = reinterpret_cast<float4*>(states + p.tiling.warps);
   const int32_t sums_size = p.partials ? p.tiling.pairs * kPairFloat4 : 0;  // of a warp
@@ -226,19 +227,22 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 
   };
 
   const int64_t items = p.tiling.ctas * p.op.batch;  // of a head, below 2^31
-  const int32_t head = blockIdx.x / p.runs, run = blockIdx.x % p.runs;
-  const int32_t begin = static_cast<int32_t>(items * run / p.runs), end = static_cast<int32_t>(items * (run + 1) / p.runs);
-  if (threadIdx.x % 32 == 0) state.first_bad = state.end_bad = end;
+  int32_t item = static_cast<int32_t>(items * (blockIdx.x % p.runs) / p.runs);
+  if (threadIdx.x % 32 == 0) {
+    state.head = blockIdx.x / p.runs;
+    state.end = static_cast<int32_t>(items * (blockIdx.x % p.runs + 1) / p.runs);
+    state.first_bad = state.end_bad = state.end;
+  }
+  __syncwarp();
   auto enter = [&](int32_t item) {
     __syncthreads();  // everyone is done with the item before
-    if (threadIdx.x == 0) find_place(p, place, head, item);
+    if (threadIdx.x == 0) find_place(p, place, state.head, item);
     __syncthreads();
-    const Tile tile(p, place, threadIdx.x / 32);
+    const Tile& tile = cta.find_tile(p, threadIdx.x / 32);
     return tile.exists ? tile.klass : -1;
   };
-  int32_t item = begin;
   int32_t next = enter(item);  // class of the warp's tile, -1: it has none
-  while (item < end) {
+  while (item < state.end) {
     Sums<kInRegisters> sums;
     if constexpr (!kInRegisters) sums.memory = p.partials ? memory() : nullptr;
     int32_t klass = -1;  // of the tile whose ds the sums hold; -1: none
@@ -248,20 +252,24 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 
       }
       if (next >= 0) {
         klass = next;
-        if (threadIdx.x % 32 == 0) state.tile = Tile(p, place, threadIdx.x / 32);
+        static_assert(sizeof(Tile) <= 32 * sizeof(int32_t));
+        if (threadIdx.x % 32 < sizeof(Tile) / sizeof(int32_t)) {
+          const int32_t word = threadIdx.x % 32;
+          reinterpret_cast<int32_t*>(&state.tile)[word] = reinterpret_cast<int32_t*>(&cta.tile[threadIdx.x / 32])[word];
+        }
       }
       ptx::cp_async_wait<0>();
       __syncthreads();
       if (next >= 0 && !query_tile<T, kDim, kInRegisters>(p, place, state.tile, shared, sums) && threadIdx.x % 32 == 0) {
-        if (state.first_bad == end) state.first_bad = item;
+        if (state.first_bad == state.end) state.first_bad = item;
         state.end_bad = item + 1;
       }
-      if (++item < end) next = enter(item);
-    } while (item < end && (klass < 0 || next < 0 || next == klass));
+      if (++item < state.end) next = enter(item);
+    } while (item < state.end && (klass < 0 || next < 0 || next == klass));
     if (p.partials && klass >= 0) flush(sums);
   }
   __syncwarp();
-  for (item = state.first_bad; item < state.end_bad; ++item) redo_query<T>(p, state, head, item);
+  for (item = state.first_bad; item < state.end_bad; ++item) redo_query<T>(p, state, item);
 }
 
 }  // namespace natrpb::cuda::mma

@@ -42,13 +42,12 @@ __device__ __forceinline__ void forward_row(const LocalAttentionParams& params, 
       const Acc last_peak = peak;
       peak = std::fmax(peak, warp_max(score));
       base = peak - peak == 0 ? peak : 0;  // an infinite score: inf - inf would lose lse
-      const Acc shrink = last_peak == -kInfinity<Acc> ? 0 : std::exp(last_peak - base);
+      const Acc shrink = peak == last_peak ? 1 : std::exp(last_peak - peak);
       const Acc weight = member.valid ? std::exp(score - base) : 0;
       total = total * shrink + weight;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sum[i] *= shrink;
-      add_rows<V>(weight, value + part, offset_of(params.value, member), member.valid_lanes, value_dim - part,
-                  sum);
+      add_rows<V>(weight, value + part, offset_of(params.value, member), member.valid_lanes, value_dim - part, sum);
     }
     total = warp_sum(total);
     store_row<V>(sum, 1 / total, value_dim - part, row_data<T>(params.out, row, row.position) + part);
@@ -96,8 +95,7 @@ __device__ __forceinline__ void backward_query_row(const LocalAttentionParams& p
       Acc score = scale * dots<V>(query, key, key_offset, member.valid_lanes, head_dim);
       if (bias && member.valid) score += bias[entry];
       const Acc weight = std::exp(score - lse);
-      const Acc dweight =
-          dots<V>(dout, value, offset_of(params.value, member), member.valid_lanes, value_dim);
+      const Acc dweight = dots<V>(dout, value, offset_of(params.value, member), member.valid_lanes, value_dim);
       const Acc dscore = weight * (dweight - mean);
       if (table && part == 0 && member.valid) table[entry] += dscore;
       add_rows<V>(dscore, key + part, key_offset, member.valid_lanes, head_dim - part, sum);

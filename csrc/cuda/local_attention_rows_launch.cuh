@@ -36,7 +36,9 @@ inline constexpr int64_t kMostSharedBytes = 48 << 10;  // what every block may h
 template <class T, int V>
 struct ForwardRow {
   using Acc = Compute<T>;
-  static __device__ __forceinline__ void run(const LocalAttentionParams& params, const Row& row) { forward_row<T, V>(params, row); }
+  static __device__ __forceinline__ void run(const LocalAttentionParams& params, const Row& row) {
+    forward_row<T, V>(params, row);
+  }
 };
 template <class T, int V>
 struct BackwardQueryRow {
@@ -172,8 +174,8 @@ bool is_aligned(const LocalAttentionParams& params, const View& view) {
 template <class T>
 bool can_load_vectors(const LocalAttentionParams& params) {
   bool all = params.head_dim % kVector<T> == 0 && params.value_dim % kVector<T> == 0;
-  for (const View* view : {&params.query, &params.key, &params.value, &params.out, &params.dout, &params.dquery, &params.dkey,
-                           &params.dvalue}) {
+  for (const View* view :
+       {&params.query, &params.key, &params.value, &params.out, &params.dout, &params.dquery, &params.dkey, &params.dvalue}) {
     all = all && is_aligned<T>(params, *view);
   }
   return all;
@@ -181,7 +183,8 @@ bool can_load_vectors(const LocalAttentionParams& params) {
 
 inline Status launch_each_row(void (*kernel)(LocalAttentionParams, int64_t), const LocalAttentionParams& params, void* stream) {
   const int64_t rows = params.batch * params.heads * positions_of(params);
-  const int64_t rows_per_block = max_of(min_of(kRowsPerBlock, max_of(rows / kBlocksWanted, kWarps)), ceil_div(rows, kMostBlocks));
+  const int64_t rows_per_block =
+      max_of(min_of(kRowsPerBlock, max_of(rows / kBlocksWanted, kWarps)), ceil_div(rows, kMostBlocks));
   const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_per_block)));
   return launch(kernel, grid, kThreads, 0, stream, params, rows_per_block);
 }
@@ -221,8 +224,8 @@ template <class T>
 Status LocalAttentionRows<T>::backward(const LocalAttentionParams& params, void* stream) {
   using Acc = Compute<T>;
   const TablePlan plan = plan_tables<Acc>(params, delta_bytes<Acc>(params));
-  const auto query_kernel = can_load_vectors<T>(params) ? rows_of_heads<BackwardQueryRow<T, kVector<T>>>
-                                                        : rows_of_heads<BackwardQueryRow<T, 1>>;
+  const auto query_kernel =
+      can_load_vectors<T>(params) ? rows_of_heads<BackwardQueryRow<T, kVector<T>>> : rows_of_heads<BackwardQueryRow<T, 1>>;
   const Status status = launch_rows_of_heads<Acc>(query_kernel, params, plan, stream);
   return status.ok() ? launch_rows<BackwardKeyRow, T>(params, stream) : status;
 }

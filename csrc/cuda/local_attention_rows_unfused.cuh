@@ -57,8 +57,7 @@ __device__ __forceinline__ void av_row(const LocalAttentionParams& params, const
     for (uint32_t chunk = 0; chunk < keys.members; chunk += kWarp) {
       const Member member = member_at(params, keys.count, keys.members, chunk);
       const Acc weight = member.valid ? widen(attn[slot_of(params, member.at)]) : Acc(0);
-      add_rows<V>(weight, value + part, offset_of(params.value, member), member.valid_lanes, value_dim - part,
-                  sum);
+      add_rows<V>(weight, value + part, offset_of(params.value, member), member.valid_lanes, value_dim - part, sum);
     }
     store_row<V>(sum, Acc(1), value_dim - part, out + part);
   }
@@ -95,8 +94,7 @@ __device__ __forceinline__ void av_transposed_row(const LocalAttentionParams& pa
       if (member.valid) {
         weight = widen(attn[offset_of(params.attn, member) + slot_at_query(params, row, queries, member)]);
       }
-      add_rows<V>(weight, dout + part, offset_of(params.dout, member), member.valid_lanes, value_dim - part,
-                  sum);
+      add_rows<V>(weight, dout + part, offset_of(params.dout, member), member.valid_lanes, value_dim - part, sum);
     }
     store_row<V>(sum, Acc(1), value_dim - part, dvalue + part);
   }

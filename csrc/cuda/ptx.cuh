@@ -48,8 +48,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Starts copying 16 bytes to shared memory, past L1; both addresses 16-byte aligned. Where !valid zeros are written and `global`
-// is not read.
+// Starts copying 16 bytes to shared memory, past L1; both addresses 16-byte aligned. Where !valid zeros are written and
+// `global` is not read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
@@ -113,6 +113,9 @@ __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
+
+// Keeps the compiler from computing what follows from x before this point.
+__device__ __forceinline__ void pin(int32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Two floats rounded to nearest-even to T and packed, `low` in the lower half.
 template <class T>

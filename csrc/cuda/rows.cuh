@@ -26,10 +26,10 @@ inline constexpr uint32_t kAllLanes = 0xffffffff;
 inline constexpr int kRowLanes = 8;  // lanes that read one member together
 inline constexpr int kGroups = kWarp / kRowLanes;
 inline constexpr int kSteps = kWarp / kGroups;  // loads that a chunk takes
-inline constexpr int kStepsAtOnce = 4;  // whose loads are under way together; all eight would cost too many registers
+inline constexpr int kStepsAtOnce = 4;          // whose loads are under way together; all eight would cost too many registers
 static_assert(kSteps == kRowLanes, "dots leaves as many members per group of lanes as the group has lanes");
 
-inline constexpr int kSums = 8;                       // that add_rows keeps per lane
+inline constexpr int kSums = 8;                      // that add_rows keeps per lane
 inline constexpr int kChannels = kSums * kRowLanes;  // that they cover; a wider row is summed in several parts
 
 template <class T>
@@ -144,12 +144,10 @@ __device__ __forceinline__ void unravel(uint32_t index, const int32_t (&n)[kAxes
 }
 
 // Lane l holds member kGroups * (l mod 8) + l div 8 of its chunk: step t of all groups reads neighboring members.
-__device__ __forceinline__ int member_index() {
-  return lane_index() % kRowLanes * kGroups + lane_index() / kRowLanes;
-}
+__device__ __forceinline__ int member_index() { return lane_index() % kRowLanes * kGroups + lane_index() / kRowLanes; }
 // The lane's part of a chunk of `members` members, or of slots, that unravel over `extents`.
-__device__ __forceinline__ Member member_at(const LocalAttentionParams& params, const int32_t (&extents)[kAxes], uint32_t members,
-                                            uint32_t chunk) {
+__device__ __forceinline__ Member member_at(const LocalAttentionParams& params, const int32_t (&extents)[kAxes],
+                                            uint32_t members, uint32_t chunk) {
   const uint32_t index = chunk + member_index();
   Member member;
   member.valid = index < members;

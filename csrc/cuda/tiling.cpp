@@ -48,24 +48,11 @@ void find_classes(AxisTiling& axis, int which) {
   axis.head[which] = tiles;
   axis.tail[which] = axis.period[which] = 0;
   if (tiles < period + 2) return;
-  int32_t head = 0;
-  for (int32_t run = 0; run < period && head + run <= middle + period - 1;) {
-    if (regular(head + run)) {
-      ++run;
-    } else {
-      head += run + 1;
-      run = 0;
-    }
-  }
-  int32_t end = tiles;
-  for (int32_t run = 0; run < period && end - run - 1 >= middle;) {
-    if (regular(end - run - 1)) {
-      ++run;
-    } else {
-      end -= run + 1;
-      run = 0;
-    }
-  }
+  // NB: ends reach K + stride rows far, and within that reach a tile may look regular by chance.
+  const int32_t reach = static_cast<int32_t>((axis.axis.kernel_size + stride) / axis.tile()) + 2;
+  int32_t head = std::min(reach, middle), end = std::max(tiles - reach, middle + period);
+  while (head > 0 && regular(head - 1)) --head;
+  while (end < tiles && regular(end)) ++end;
   if (end - head <= period) return;
   axis.head[which] = head;
   axis.tail[which] = tiles - end;
