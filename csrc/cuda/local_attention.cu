@@ -53,8 +53,11 @@ Status dispatch(const LocalAttentionParams& params, F&& launch) {
 
 }  // namespace
 
-int64_t local_attention_forward_workspace(const LocalAttentionParams&) { return 0; }
+int64_t local_attention_forward_workspace(const LocalAttentionParams& params) {
+  return mma::serves_forward(params) ? mma::forward_workspace(params) : 0;
+}
 int64_t local_attention_backward_workspace(const LocalAttentionParams& params) {
+  if (mma::serves_backward(params)) return mma::backward_workspace(params);
   return with_storage(params.dtype, [&](auto tag) { return RowsOf<decltype(tag)>::backward_workspace(params); });
 }
 int64_t local_bias_grad_workspace(const LocalAttentionParams& params) {
@@ -62,9 +65,11 @@ int64_t local_bias_grad_workspace(const LocalAttentionParams& params) {
 }
 
 Status local_attention_forward(const LocalAttentionParams& params, void* stream) {
+  if (mma::serves_forward(params)) return mma::forward(params, stream);
   return dispatch(params, [&](auto tag) { return RowsOf<decltype(tag)>::forward(params, stream); });
 }
 Status local_attention_backward(const LocalAttentionParams& params, void* stream) {
+  if (mma::serves_backward(params)) return mma::backward(params, stream);
   return dispatch(params, [&](auto tag) { return RowsOf<decltype(tag)>::backward(params, stream); });
 }
 Status local_qk(const LocalAttentionParams& params, void* stream) {

@@ -85,6 +85,7 @@ Params make_params(const LocalAttentionParams& params, const Tiling& tiling, Are
   p.spans = arena.take<TileSpan>(tiling.spans);
   p.halos = arena.take<HaloSpan>(tiling.halos);
   p.fragments = arena.take<float4>(tiling.fragments(fragment_heads(params)));
+  p.columns = arena.take<uint32_t>(tiling.column_words());
   p.fragments_per_head = params.rpb ? tiling.fragments(1) : 0;
   return p;
 }
@@ -98,8 +99,9 @@ Status prepare(const Params& p, void* stream) {
   preparation.spans = const_cast<TileSpan*>(p.spans);
   preparation.halos = const_cast<HaloSpan*>(p.halos);
   preparation.fragments = const_cast<float4*>(p.fragments);
+  preparation.columns = const_cast<uint32_t*>(p.columns);
   constexpr int kPrepareThreads = 128;
-  const int64_t work = p.tiling.fragments(preparation.heads) + p.tiling.spans + p.tiling.halos;
+  const int64_t work = p.tiling.fragments(preparation.heads) + p.tiling.column_words() + p.tiling.spans + p.tiling.halos;
   return launch(prepare_kernel, dim3(static_cast<unsigned>(ceil_div(work, kPrepareThreads))), kPrepareThreads, 0, stream,
                 preparation);
 }

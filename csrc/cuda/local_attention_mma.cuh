@@ -35,6 +35,7 @@ struct Params {
   const TileSpan* spans = nullptr;     // [tiling.spans]
   const HaloSpan* halos = nullptr;     // [tiling.halos]
   const float4* fragments = nullptr;   // [h or 1, classes, pairs, 2, 32]
+  const uint32_t* columns = nullptr;   // [classes, pairs, 32]: where a lane's columns lie, see Columns
   int64_t fragments_per_head = 0;      // float4 between two heads; 0 without a bias
   float* lse = nullptr;                // [B, h, *] in units of log 2, contiguous; backward only, as all below
   float* delta = nullptr;              // [B, h, *]: <dout, out> - dlse
@@ -269,46 +270,32 @@ __device__ void stage_chunk(const Params& p, const Place& place, const Tile& til
   __syncwarp();
 }
 
-// Finds a tile's columns in shared memory; columns beyond the last are the last, their fragments being -inf.
+// Finds a tile's columns in shared memory, 16 at a time, for ldmatrix. Straight, columns are the product's n: registers 0, 1 are
+// the lower eight's channels 0-7 and 8-15, registers 2, 3 the upper eight's. Transposed, columns are its k: registers 0, 1 are
+// channels 0-7 of the lower and the upper eight, registers 2, 3 channels 8-15. Either way a lane gives the address of one row;
+// prepare_kernel has laid out the positions of both, relative to the tile's first column, in the halves of a word.
 struct Columns {
-  int32_t count, base, row_skip, plane_skip;
-  Divider by_plane, by_row;
+  const uint32_t* table;  // this lane's, [pairs, 32]
+  int32_t base, pairs;
 
-  __device__ Columns(const Params& p, const Place& place, const Tile& tile) : by_plane(1), by_row(1) {
-    const Box box = tile.columns();
-    count = box.count;
-    if (p.tiling.streamed) {
-      base = row_skip = plane_skip = 0;
-      return;
-    }
-    by_plane = box.by_plane;
-    by_row = box.by_row;
-    base = (box.origin[0] - place.halo[0].first) * p.tiling.plane + (box.origin[1] - place.halo[1].first) * p.tiling.pitch +
-           box.origin[2] - place.halo[2].first;
-    row_skip = p.tiling.pitch - box.row;
-    plane_skip = box.plane < count ? p.tiling.plane - tile.span[1].cols * p.tiling.pitch : 0;
-  }
-  __device__ int32_t pairs() const { return (count + kPairColumns - 1) / kPairColumns; }
+  static __device__ int32_t straight_column(int32_t lane) { return lane / 16 * 8 + lane % 8; }
+  static __device__ int32_t transposed_column(int32_t lane) { return lane % 16; }
 
-  // `staged` is the first pair in shared memory, 0 unless the tile is streamed.
-  __device__ int32_t position(int32_t j, int32_t staged) const {
-    ptx::pin(j);  // computed where it is used: seven at once would cost registers
-    j = j < count ? j : count - 1;
-    return base + j - staged * kPairColumns + by_row(j) * row_skip + (plane_skip != 0 ? by_plane(j) * plane_skip : 0);
-  }
+  __device__ Columns(const Params& p, const Place& place, const Tile& tile)
+      : table(p.columns + static_cast<int64_t>(tile.klass) * p.tiling.pairs * 32 + threadIdx.x % 32),
+        base(p.tiling.streamed ? 0
+                               : (tile.span[0].col_first - place.halo[0].first) * p.tiling.plane +
+                                     (tile.span[1].col_first - place.halo[1].first) * p.tiling.pitch +
+                                     tile.span[2].col_first - place.halo[2].first),
+        pairs((tile.span[0].cols * tile.span[1].cols * tile.span[2].cols + kPairColumns - 1) / kPairColumns) {}
 
-  // Offsets for ldmatrix of 16 columns by 16 channels, lane by lane. Straight: columns are the product's n; registers 0, 1 are
-  // the lower eight's channels 0-7 and 8-15, registers 2, 3 the upper eight's. Transposed: columns are its k; registers 0, 1
-  // are channels 0-7 of the lower and the upper eight, registers 2, 3 channels 8-15. Further channels: xor with 32 per 16.
+  // Offsets of this lane's rows in shared memory; those of further channels: xor with 32 per 16.
   template <int kDim>
-  __device__ int32_t straight(int32_t pair, int32_t staged) const {
+  __device__ void find(int32_t pair, int32_t& straight, int32_t& transposed) const {
+    const uint32_t relative = ptx::load_4(table + pair * 32);
     const int32_t lane = threadIdx.x % 32;
-    return Staged<kDim>::offset(position(pair * kPairColumns + lane / 16 * 8 + lane % 8, staged), lane / 8 % 2);
-  }
-  template <int kDim>
-  __device__ int32_t transposed(int32_t pair, int32_t staged) const {
-    const int32_t lane = threadIdx.x % 32;
-    return Staged<kDim>::offset(position(pair * kPairColumns + lane % 16, staged), lane / 16);
+    straight = Staged<kDim>::offset(base + static_cast<int32_t>(relative & 0xffff), lane / 8 % 2);
+    transposed = Staged<kDim>::offset(base + static_cast<int32_t>(relative >> 16), lane / 16);
   }
 };
 
@@ -367,8 +354,8 @@ __device__ void load_rows(uint32_t (&a)[kDim / 16][4], const Params& p, const Pl
     const T* row = static_cast<const T*>(view.data) + place.offset(p, view, rows.index[half]) + 2 * t;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      a[k][half] = 16 * k < channels ? *reinterpret_cast<const uint32_t*>(row + 16 * k) : 0;
-      a[k][half + 2] = 16 * k + 8 < channels ? *reinterpret_cast<const uint32_t*>(row + 16 * k + 8) : 0;
+      a[k][half] = 16 * k < channels ? ptx::load_4(row + 16 * k) : 0;
+      a[k][half + 2] = 16 * k + 8 < channels ? ptx::load_4(row + 16 * k + 8) : 0;
     }
   }
 }

@@ -24,7 +24,6 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
   const float scale = static_cast<float>(p.op.scale) * kLog2E;
   const Columns columns(p, place, tile);
   const float4* fragments = tile.fragments(p, place);
-  const int32_t pairs = columns.pairs();
 
   uint32_t query[kDim / 16][4];
   load_rows<T, kDim>(query, p, place, LaneRows(p, tile), p.op.query, p.op.head_dim);
@@ -32,19 +31,21 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
   float peak[2] = {-INFINITY, -INFINITY};  // of the products, hence in units of 1 / scale
   float total[2] = {0.0f, 0.0f};           // this lane's share of sum exp2(scale (product - peak))
 
-  for (int32_t first = 0; first < pairs; first += kChunkPairs) {
-    const int32_t staged = p.tiling.streamed ? first : 0;
+  for (int32_t first = 0; first < columns.pairs; first += kChunkPairs) {
     if (p.tiling.streamed) {
       stage_chunk<T, kDim>(p, place, tile, first, p.op.key,
                            p.op.head_dim, p.op.value, p.op.value_dim, shared);
     }
     float s[kChunkPairs][2][4];
+    int32_t transposed[kChunkPairs];
     float top[2] = {peak[0], peak[1]};
 #pragma unroll
     for (int i = 0; i < kChunkPairs; ++i) {
-      if (first + i < pairs) {
+      if (first + i < columns.pairs) {
         start_from(s[i], fragments + (first + i) * kPairFloat4);
-        multiply_straight<T, kDim>(s[i], query, keys, columns.straight<kDim>(first + i, staged));
+        int32_t straight;
+        columns.find<kDim>(first + i, straight, transposed[i]);
+        multiply_straight<T, kDim>(s[i], query, keys, straight);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           top[0] = fmaxf(top[0], fmaxf(s[i][n][0], s[i][n][1]));
@@ -70,7 +71,7 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
     }
 #pragma unroll
     for (int i = 0; i < kChunkPairs; ++i) {
-      if (first + i < pairs) {
+      if (first + i < columns.pairs) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -81,7 +82,7 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
         }
         uint32_t weights[4];
         to_operand<T>(weights, s[i]);
-        multiply_transposed<T, kDim>(out, weights, values, columns.transposed<kDim>(first + i, staged));
+        multiply_transposed<T, kDim>(out, weights, values, transposed[i]);
       }
     }
   }

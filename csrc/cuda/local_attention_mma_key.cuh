@@ -45,24 +45,23 @@ __device__ bool key_tile(const Params& p, const Place& place, const Tile& tile, 
   const float scale = static_cast<float>(p.op.scale) * kLog2E;
   const Columns columns(p, place, tile);
   const float4* fragments = tile.fragments(p, place);
-  const int32_t pairs = columns.pairs();
 
   uint32_t key[kDim / 16][4], value[kDim / 16][4];
   load_rows<T, kDim>(key, p, place, LaneRows(p, tile), p.op.key, p.op.head_dim);
   if constexpr (kWantsKey) load_rows<T, kDim>(value, p, place, LaneRows(p, tile), p.op.value, p.op.value_dim);
   float dkey[kDim / 8][4] = {}, dvalue[kDim / 8][4] = {};
 
-  for (int32_t first = 0; first < pairs; first += kChunkPairs) {
-    const int32_t staged = p.tiling.streamed ? first : 0;
+  for (int32_t first = 0; first < columns.pairs; first += kChunkPairs) {
     if (p.tiling.streamed) {
       stage_chunk<T, kDim>(p, place, tile, first, p.op.query, p.op.head_dim, p.op.dout, p.op.value_dim, shared);
     }
     load_stats(p, place, tile, first, stats);
-    const int32_t end = static_cast<int32_t>(min_of(first + kChunkPairs, pairs));
+    const int32_t end = static_cast<int32_t>(min_of(first + kChunkPairs, columns.pairs));
 #pragma unroll 1
     for (int32_t pair = first; pair < end; ++pair) {
       float s[2][4], dp[2][4];
-      const int32_t straight = columns.straight<kDim>(pair, staged), transposed = columns.transposed<kDim>(pair, staged);
+      int32_t straight, transposed;
+      columns.find<kDim>(pair, straight, transposed);
       start_from(s, fragments + pair * kPairFloat4);
       multiply_straight<T, kDim>(s, key, queries, straight);
 #pragma unroll

@@ -3,7 +3,11 @@
 //   fragment[head, class, column pair][half][lane][e] = rpb[head, key - query + K - 1] / scale, or -inf
 //
 // for row lane / 4 + e / 2 * 8 and column half * 8 + lane % 4 * 2 + e % 2 of the pair, as an accumulator has them (ptx.cuh);
-// -inf where the row does not see the column, or one of them is not there. One thread per float4, span or halo.
+// -inf where the row does not see the column, or one of them is not there.
+//
+//   columns[class, column pair][lane] = positions of the two columns whose rows the lane addresses (Columns)
+//
+// One thread per float4, word, span or halo.
 #pragma once
 
 #include "cuda/local_attention_mma.cuh"
@@ -18,6 +22,7 @@ struct Preparation {
   TileSpan* spans = nullptr;    // [tiling.spans]
   HaloSpan* halos = nullptr;    // [tiling.halos]
   float4* fragments = nullptr;  // [heads, classes, pairs, 2, 32]
+  uint32_t* columns = nullptr;  // [classes, pairs, 32]
 };
 
 // The tile that stands for a class.
@@ -64,6 +69,14 @@ __device__ __forceinline__ float fragment_value(const Preparation& p, const Clas
   return p.rpb ? p.rpb[entry] / p.scale : 0.0f;
 }
 
+// Position of a tile's column in shared memory, relative to that of its first; past the last column that of the last.
+__device__ __forceinline__ uint32_t column_position(const Tiling& tiling, const ClassTile& tile, int32_t j) {
+  const int32_t rows = tile.span[1].cols, row = tile.span[2].cols;
+  j = static_cast<int32_t>(min_of(j, tile.span[0].cols * rows * row - 1));
+  if (tiling.streamed) return j % (kChunkPairs * kPairColumns);  // of the chunk that is staged
+  return j / row / rows * tiling.plane + j / row % rows * tiling.pitch + j % row;
+}
+
 __global__ void prepare_kernel(const __grid_constant__ Preparation p) {
   const int64_t fragments = p.tiling.fragments(p.heads);
   int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -80,6 +93,16 @@ __global__ void prepare_kernel(const __grid_constant__ Preparation p) {
     return;
   }
   index -= fragments;
+  const int64_t words = p.tiling.column_words();
+  if (index < words) {
+    const int32_t lane = index % 32, first = static_cast<int32_t>(index / 32 % p.tiling.pairs) * kPairColumns;
+    const ClassTile tile(p.tiling, static_cast<int32_t>(index / 32 / p.tiling.pairs));
+    if (!tile.exists) return;
+    p.columns[index] = column_position(p.tiling, tile, first + Columns::straight_column(lane)) |
+                       column_position(p.tiling, tile, first + Columns::transposed_column(lane)) << 16;
+    return;
+  }
+  index -= words;
   // span[a][which][tile] and, behind all spans, halo[a][which][cta]
   for (int a = 0; a < kAxes; ++a) {
     const AxisTiling& axis = p.tiling.axis[a];

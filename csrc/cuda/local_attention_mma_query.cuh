@@ -98,7 +98,6 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
   const float scale = static_cast<float>(p.op.scale) * kLog2E;
   const Columns columns(p, place, tile);
   const float4* fragments = tile.fragments(p, place);
-  const int32_t pairs = columns.pairs();
 
   uint32_t query[kDim / 16][4], dout[kDim / 16][4];
   float lse[2], delta[2] = {0.0f, 0.0f};
@@ -132,7 +131,7 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
   }
 
   float dquery[kDim / 8][4] = {};
-  auto add_pair = [&](int32_t pair, int i, int32_t staged) {
+  auto add_pair = [&](int32_t pair, int i) {
     float s[2][4], dp[2][4];
     start_from(s, fragments + pair * kPairFloat4);
     bool seen[2][4];
@@ -144,7 +143,8 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
         dp[n][e] = -delta[e / 2];
       }
     }
-    const int32_t straight = columns.straight<kDim>(pair, staged);
+    int32_t straight, transposed;
+    columns.find<kDim>(pair, straight, transposed);
     multiply_straight<T, kDim>(s, query, keys, straight);
     multiply_straight<T, kDim>(dp, dout, values, straight);
 #pragma unroll
@@ -158,20 +158,19 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
     sums.add(pair, i, s);
     uint32_t ds[4];
     to_operand<T>(ds, s);
-    multiply_transposed<T, kDim>(dquery, ds, keys, columns.transposed<kDim>(pair, staged));
+    multiply_transposed<T, kDim>(dquery, ds, keys, transposed);
   };
-  for (int32_t first = 0; first < pairs; first += kChunkPairs) {
+  for (int32_t first = 0; first < columns.pairs; first += kChunkPairs) {
     if (p.tiling.streamed) {
       stage_chunk<T, kDim>(p, place, tile, first, p.op.key, p.op.head_dim, p.op.value, p.op.value_dim, shared);
     }
-    const int32_t staged = p.tiling.streamed ? first : 0;
     if constexpr (kInRegisters) {
 #pragma unroll
       for (int i = 0; i < kChunkPairs; ++i) {
-        if (i < pairs) add_pair(i, i, staged);
+        if (i < columns.pairs) add_pair(i, i);
       }
     } else {
-      for (int32_t pair = first; pair < min_of(first + kChunkPairs, pairs); ++pair) add_pair(pair, 0, staged);
+      for (int32_t pair = first; pair < min_of(first + kChunkPairs, columns.pairs); ++pair) add_pair(pair, 0);
     }
   }
 

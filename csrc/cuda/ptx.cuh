@@ -114,9 +114,6 @@ __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4],
   }
 }
 
-// Keeps the compiler from computing what follows from x before this point.
-__device__ __forceinline__ void pin(int32_t& x) { asm volatile("" : "+r"(x)); }
-
 // Two floats rounded to nearest-even to T and packed, `low` in the lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -157,6 +154,13 @@ __device__ __forceinline__ uint4 load_16_cached(const void* global) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(__cvta_generic_to_global(global)));
+  return v;
+}
+
+// 4 bytes, likewise.
+__device__ __forceinline__ uint32_t load_4(const void* global) {
+  uint32_t v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(global)));
   return v;
 }
 

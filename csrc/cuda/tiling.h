@@ -144,6 +144,7 @@ struct Tiling {
   int32_t halos = 0;
 
   NATRPB_HD int64_t fragments(int64_t heads) const { return heads * classes * pairs * 64; }  // float4 each
+  NATRPB_HD int64_t column_words() const { return int64_t{classes} * pairs * 32; }
 };
 
 // What a CTA may take.

@@ -19,7 +19,7 @@ Thread* current = nullptr;
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxSharedBytes = 227 * 1024;
+constexpr int64_t kSharedLimit = 227 * 1024;
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridYZ = 65535;
 // Under ThreadSanitizer the blocks of a launch have their shared memory side by side, up to this many bytes in all, so that
@@ -317,6 +317,11 @@ void fail(const std::string& problem, Site site) {
 
 void* block_shared_memory() { return block.shared; }
 
+int64_t shared_memory_limit() {
+  const char* limit = std::getenv("NATRPB_EMULATOR_SHARED");
+  return limit ? std::atoll(limit) : kSharedLimit;
+}
+
 void fail_shuffle(const Collective& collective, const char* what, int64_t value, Site site) {
   fail(std::string(collective.name) + ": " + what + ": " + std::to_string(value), site);
 }
@@ -382,8 +387,9 @@ void block_barrier(Site site) {
 
 Status launch(const LaunchShape& shape, void* data, void (*call)(void* body)) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return {};
-  if (shape.threads < 1 || shape.threads > kMaxThreads || shape.shared_bytes < 0 || shape.shared_bytes > kMaxSharedBytes ||
-      shape.grid.x > kMaxGridX || shape.grid.y > kMaxGridYZ || shape.grid.z > kMaxGridYZ) {
+  if (shape.threads < 1 || shape.threads > kMaxThreads || shape.shared_bytes < 0 ||
+      shape.shared_bytes > shared_memory_limit() || shape.grid.x > kMaxGridX || shape.grid.y > kMaxGridYZ ||
+      shape.grid.z > kMaxGridYZ) {
     return Status::error("launching " + function_name(shape.kernel) + " with a grid of " + std::to_string(shape.grid.x) +
                          " x " + std::to_string(shape.grid.y) + " x " + std::to_string(shape.grid.z) + " blocks, " +
                          std::to_string(shape.threads) + " threads and " + std::to_string(shape.shared_bytes) +

@@ -20,11 +20,13 @@
 // What it cannot show
 //   * whether a device lays fragments out as the PTX ISA is read here, rounds mma sums or approximates ex2 the same way;
 //   * time, registers, launch bounds, L1/L2 and global memory coalescing;
-//   * the shared memory of smaller devices (163 KiB on sm_80, 99 KiB on sm_120): it grants 227 KiB, as sm_90 and sm_100 do;
 //   * a spin on memory between collectives: it hangs, since fibers change only at collectives and at barriers;
 //   * races between blocks of a launch that needs more shared memory in all than kSharedOfAllBlocks (emulator.cpp), and, under
 //     ThreadSanitizer, bank conflicts of load_shared_16.
-// NATRPB_EMULATOR_ORDER=reverse runs blocks, warps and lanes from last to first: results must not depend on it.
+// Environment variables, read at every launch:
+//   NATRPB_EMULATOR_ORDER=reverse  blocks, warps and lanes run from last to first: results must not depend on it;
+//   NATRPB_EMULATOR_SHARED=bytes   what a block may ask for: 232448 as on sm_90 and sm_100 unless given, 166912 on sm_80,
+//                                  101376 on sm_120.
 #pragma once
 
 #include <vector_functions.h>
@@ -71,6 +73,7 @@ struct Collective {
 void rendezvous(const Collective& collective, uint32_t mask, void* operands, Site site);
 void block_barrier(Site site);
 void* block_shared_memory();
+int64_t shared_memory_limit();
 inline int lane_index() { return static_cast<int>(threadIdx.x % kWarpSize); }
 
 // Ends the process with `problem`, the place, and where all lanes of the block wait.
@@ -219,11 +222,14 @@ T* shared_memory() {
   return static_cast<T*>(emulator::block_shared_memory());
 }
 
-// Of an H200.
 struct SharedMemoryLimits {
   int64_t block, multiprocessor;
 };
-inline SharedMemoryLimits shared_memory_limits() { return {232448, 233472}; }
+// A multiprocessor has 1 KiB more than its largest block may ask for, on every architecture from sm_80 to sm_120.
+inline SharedMemoryLimits shared_memory_limits() {
+  const int64_t block = emulator::shared_memory_limit();
+  return {block, block + 1024};
+}
 
 template <class... P>
 Status launch(void (*kernel)(P...), dim3 grid, int threads, int64_t shared_bytes, void* /*stream*/, const P&... params) {

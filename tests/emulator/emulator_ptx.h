@@ -124,6 +124,11 @@ inline uint4 load_16_cached(const void* global, Site site = {__builtin_FILE(), _
   return *static_cast<const uint4*>(global);
 }
 
+inline uint32_t load_4(const void* global, Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  emulator::check_aligned(global, 4, "load_4", site);
+  return *static_cast<const uint32_t*>(global);
+}
+
 inline float4 load_f4(const void* global, Site site = {__builtin_FILE(), __builtin_LINE()}) {
   emulator::check_aligned(global, 16, "load_f4", site);
   return *static_cast<const float4*>(global);

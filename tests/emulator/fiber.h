@@ -1,8 +1,8 @@
 // Stacks that hand control to each other, and what the sanitizers must hear about it.
 //
 // NB: these sources are compiled without sanitizers, whatever the kernels are compiled with: ThreadSanitizer would take the
-// emulator's own bookkeeping, which all fibers share, for races of the kernel. NATRPB_EMULATOR_ASAN and NATRPB_EMULATOR_TSAN say
-// what the program is linked with.
+// emulator's own bookkeeping, which all fibers share, for races of the kernel. NATRPB_EMULATOR_ASAN and NATRPB_EMULATOR_TSAN
+// say what the program is linked with.
 #pragma once
 
 #include <cstddef>
