@@ -32,18 +32,18 @@ inline constexpr int kBackwardBlocks = 3;
 struct Params {
   LocalAttentionParams op;
   Tiling tiling;
-  const TileSpan* spans = nullptr;     // [tiling.spans]
-  const HaloSpan* halos = nullptr;     // [tiling.halos]
-  const float4* fragments = nullptr;   // [h or 1, classes, pairs, 2, 32]
-  const uint32_t* columns = nullptr;   // [classes, pairs, 32]: where a lane's columns lie, see Columns
-  int64_t fragments_per_head = 0;      // float4 between two heads; 0 without a bias
-  float* lse = nullptr;                // [B, h, *] in units of log 2, contiguous; backward only, as all below
-  float* delta = nullptr;              // [B, h, *]: <dout, out> - dlse
-  float* partials = nullptr;           // [h, runs, warps, entries]: drpb of every warp, or nullptr
-  float4* sums = nullptr;              // [h, runs, warps, pairs, 2, 32]: sums of dscores, or nullptr: in shared memory
-  bool sums_in_registers = false;      // while items are of one class
-  int32_t runs = 0;                    // CTAs of one head in the query pass
-  int32_t entries = 0;                 // of a head's bias table
+  const TileSpan* spans = nullptr;    // [tiling.spans]
+  const HaloSpan* halos = nullptr;    // [tiling.halos]
+  const float4* fragments = nullptr;  // [h or 1, classes, pairs, 2, 32]
+  const uint32_t* columns = nullptr;  // [classes, pairs, 32]: where a lane's columns lie, see Columns
+  int64_t fragments_per_head = 0;     // float4 between two heads; 0 without a bias
+  float* lse = nullptr;               // [B, h, *] in units of log 2, contiguous; backward only, as all below
+  float* delta = nullptr;             // [B, h, *]: <dout, out> - dlse
+  float* partials = nullptr;          // [h, runs, warps, entries]: drpb of every warp, or nullptr
+  float4* sums = nullptr;             // [h, runs, warps, pairs, 2, 32]: sums of dscores, or nullptr: in shared memory
+  bool sums_in_registers = false;     // while items are of one class
+  int32_t runs = 0;                   // CTAs of one head in the query pass
+  int32_t entries = 0;                // of a head's bias table
 };
 
 // Quotients by a divisor that is not known at compile time; exact while x * divisor < 2^32.
@@ -110,7 +110,12 @@ struct Box {
   Divider by_plane, by_row;
 
   __device__ Box(const int32_t (&origin_)[kAxes], int32_t c0, int32_t c1, int32_t c2)
-      : origin{origin_[0], origin_[1], origin_[2]}, count(c0 * c1 * c2), plane(c1 * c2), row(c2), by_plane(plane), by_row(row) {}
+      : origin{origin_[0], origin_[1], origin_[2]},
+        count(c0 * c1 * c2),
+        plane(c1 * c2),
+        row(c2),
+        by_plane(plane),
+        by_row(row) {}
 
   // In-group indices of column j.
   __device__ void unravel(int32_t j, int32_t (&i)[kAxes]) const {
@@ -170,8 +175,8 @@ struct Tile {
   }
 
   __device__ const float4* fragments(const Params& p, const Place& place) const {
-    return p.fragments + place.head * p.fragments_per_head +
-           static_cast<int64_t>(klass) * p.tiling.pairs * kPairFloat4 + threadIdx.x % 32;
+    return p.fragments + place.head * p.fragments_per_head + static_cast<int64_t>(klass) * p.tiling.pairs * kPairFloat4 +
+           threadIdx.x % 32;
   }
 };
 
@@ -216,7 +221,7 @@ struct LaneRows {
 template <int kDim>
 struct Staged {
   static constexpr int kUnits = kDim / 8;
-  static constexpr int kSwap = kUnits < 8 ? kUnits - 1 : 7;                           // largest power of two in kUnits, up to 8
+  static constexpr int kSwap = kUnits < 8 ? kUnits - 1 : 7;  // largest power of two in kUnits, up to 8
   static constexpr int kShift = kUnits >= 8 ? 0 : kUnits == 4 ? 1 : kUnits == 2 ? 2 : 3;  // log2(8 / kUnits)
   static_assert((kUnits & (kUnits - 1)) == 0);
 
@@ -265,7 +270,7 @@ __device__ void stage_chunk(const Params& p, const Place& place, const Tile& til
   const int32_t end = static_cast<int32_t>(min_of(begin + kChunkPairs * kPairColumns, box.count));
   __syncwarp();
   stage<T, kDim>(p, place, box, begin, end, x, x_channels, y, y_channels, shared,
-                 [&](int32_t j, const int32_t(&)[kAxes]) { return j - begin; });
+                 [&](int32_t j, const int32_t (&)[kAxes]) { return j - begin; });
   ptx::cp_async_wait<0>();
   __syncwarp();
 }
@@ -285,8 +290,8 @@ struct Columns {
       : table(p.columns + static_cast<int64_t>(tile.klass) * p.tiling.pairs * 32 + threadIdx.x % 32),
         base(p.tiling.streamed ? 0
                                : (tile.span[0].col_first - place.halo[0].first) * p.tiling.plane +
-                                     (tile.span[1].col_first - place.halo[1].first) * p.tiling.pitch +
-                                     tile.span[2].col_first - place.halo[2].first),
+                                     (tile.span[1].col_first - place.halo[1].first) * p.tiling.pitch + tile.span[2].col_first -
+                                     place.halo[2].first),
         pairs((tile.span[0].cols * tile.span[1].cols * tile.span[2].cols + kPairColumns - 1) / kPairColumns) {}
 
   // Offsets of this lane's rows in shared memory; those of further channels: xor with 32 per 16.
@@ -301,8 +306,7 @@ struct Columns {
 
 // s[16 rows, 16 columns] += a[16 rows, kDim] x[16 columns, kDim]^T
 template <class T, int kDim>
-__device__ void multiply_straight(float (&s)[2][4], const uint32_t (&a)[kDim / 16][4], const unsigned char* x,
-                                  int32_t offset) {
+__device__ void multiply_straight(float (&s)[2][4], const uint32_t (&a)[kDim / 16][4], const unsigned char* x, int32_t offset) {
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t b[4];

@@ -33,8 +33,7 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
 
   for (int32_t first = 0; first < columns.pairs; first += kChunkPairs) {
     if (p.tiling.streamed) {
-      stage_chunk<T, kDim>(p, place, tile, first, p.op.key,
-                           p.op.head_dim, p.op.value, p.op.value_dim, shared);
+      stage_chunk<T, kDim>(p, place, tile, first, p.op.key, p.op.head_dim, p.op.value, p.op.value_dim, shared);
     }
     float s[kChunkPairs][2][4];
     int32_t transposed[kChunkPairs];
@@ -112,8 +111,9 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? 3 : kDim == 64 ? 2 : 1)
-    forward_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? 3
+                                                  : kDim == 64 ? 2
+                                                               : 1) forward_kernel(const __grid_constant__ Params p) {
   CtaState& state = *shared_memory<CtaState>();
   Place& place = state.place;
   unsigned char* shared = reinterpret_cast<unsigned char*>(&state + 1);

@@ -23,7 +23,8 @@ __device__ __attribute__((noinline)) void redo_key(const Params& p, CtaState& st
 }
 
 // lse and delta of a tile's columns, from pair `first` on, to the warp's part of shared memory.
-__device__ __forceinline__ void load_stats(const Params& p, const Place& place, const Tile& tile, int32_t first, float2* stats) {
+__device__ __forceinline__ void load_stats(const Params& p, const Place& place, const Tile& tile, int32_t first,
+                                           float2* stats) {
   const Box box = tile.columns();
   const int32_t begin = first * kPairColumns;
   __syncwarp();
@@ -101,8 +102,9 @@ __device__ bool key_tile(const Params& p, const Place& place, const Tile& tile, 
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? kBackwardBlocks : kDim == 64 ? 2 : 1)
-    key_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
+                                                  : kDim == 64 ? 2
+                                                               : 1) key_kernel(const __grid_constant__ Params p) {
   CtaState& state = *shared_memory<CtaState>();
   Place& place = state.place;
   float2* stats = reinterpret_cast<float2*>(&state + 1);  // [warps, kChunkColumns]

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/local_attention_mma_forward.cuh"
-#include "cuda/local_attention_mma_key.cuh"
 #include "cuda/local_attention_mma_kernels.h"
+#include "cuda/local_attention_mma_key.cuh"
 #include "cuda/local_attention_mma_query.cuh"
 
 namespace natrpb::cuda::mma {
@@ -35,7 +35,8 @@ template <class T, int kDim>
 Status Kernels<T, kDim>::key(const Params& p, void* stream) {
   const int64_t stats = p.tiling.warps * kChunkColumns * static_cast<int64_t>(sizeof(float2));
   const dim3 grid(static_cast<unsigned>(p.op.batch * p.op.heads * p.tiling.ctas));
-  return launch(key_kernel<T, kDim>, grid, 32 * p.tiling.warps, sizeof(CtaState) + stats + halo_bytes<kDim>(p.tiling), stream, p);
+  return launch(key_kernel<T, kDim>, grid, 32 * p.tiling.warps, sizeof(CtaState) + stats + halo_bytes<kDim>(p.tiling), stream,
+                p);
 }
 
 }  // namespace natrpb::cuda::mma

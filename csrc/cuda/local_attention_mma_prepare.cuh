@@ -46,7 +46,8 @@ struct ClassTile {
   }
 };
 
-__device__ __forceinline__ float fragment_value(const Preparation& p, const ClassTile& tile, int64_t head, int32_t r, int32_t j) {
+__device__ __forceinline__ float fragment_value(const Preparation& p, const ClassTile& tile, int64_t head, int32_t r,
+                                                int32_t j) {
   int64_t entry = head;
   int32_t at[kAxes], column[kAxes];
 #pragma unroll

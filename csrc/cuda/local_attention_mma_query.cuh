@@ -16,7 +16,8 @@
 namespace natrpb::cuda::mma {
 
 // Adds the sums of a tile's ds to the warp's bias table: table[e] += sum over rows r of sums[r, column at offset e from r].
-__device__ __attribute__((noinline)) static void gather_table(const Params& p, const Tile& tile, const float* sums, float* table) {
+__device__ __attribute__((noinline)) static void gather_table(const Params& p, const Tile& tile, const float* sums,
+                                                              float* table) {
   const Axis(&axis)[kAxes] = p.op.axis;
   const int32_t extent[kAxes] = {static_cast<int32_t>(2 * axis[0].kernel_size - 1),
                                  static_cast<int32_t>(2 * axis[1].kernel_size - 1),
@@ -152,7 +153,8 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float ds = ptx::exp2_approx(s[n][e] * scale - lse[e / 2]) * dp[n][e];
-        s[n][e] = seen[n][e] ? ds : 0.0f;  // NB: a column that is not finite must not reach the sums of pairs that do not see it
+        s[n][e] =
+            seen[n][e] ? ds : 0.0f;  // NB: a column that is not finite must not reach the sums of pairs that do not see it
       }
     }
     sums.add(pair, i, s);
@@ -182,8 +184,9 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
 }
 
 template <class T, int kDim, bool kInRegisters>
-__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? kBackwardBlocks : kDim == 64 ? 2 : 1)
-    query_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
+                                                  : kDim == 64 ? 2
+                                                               : 1) query_kernel(const __grid_constant__ Params p) {
   CtaState& cta = *shared_memory<CtaState>();
   Place& place = cta.place;
   WarpState* states = reinterpret_cast<WarpState*>(&cta + 1);
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32 ? kBackwardBlocks :
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           if (i >= p.tiling.pairs) continue;
-          const float(&sum)[4] = sums.sum[i][n];
+          const float (&sum)[4] = sums.sum[i][n];
           memory()[i * kPairFloat4 + n * 32] = {sum[0], sum[1], sum[2], sum[3]};
         }
       }

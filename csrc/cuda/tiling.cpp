@@ -30,8 +30,8 @@ int32_t count_tiles(const AxisTiling& axis, int64_t size) {
     const int64_t windows = (shift > 0) + (size > shift ? ceil_div(size - shift, axis.axis.kernel_size) : 0);
     return static_cast<int32_t>(windows * axis.window_tiles());
   }
-  const int64_t first = axis.phase > 0 ? axis.phase : axis.tile();
-  return static_cast<int32_t>(1 + (size > first ? ceil_div(size - first, axis.tile()) : 0));
+  const int64_t ends = axis.end_rows_of(size);
+  return static_cast<int32_t>(2 * ceil_div(ends, axis.tile()) + ceil_div(size - 2 * ends, axis.tile()));
 }
 
 // Tiles whose structure repeats are a run in the middle, since clamping and ragged ends grow only towards the ends.
@@ -62,8 +62,8 @@ void find_classes(AxisTiling& axis, int which) {
 void cut_axis(AxisTiling& axis, int32_t log_tile) {
   const Axis& a = axis.axis;
   axis.log_tile = log_tile;
-  // Keys that see more queries than others end at K - 1: no tile shall hold both sorts.
-  axis.phase = axis.transposed && a.kind == AxisKind::kNeighborhood ? static_cast<int32_t>(a.kernel_size % axis.tile()) : 0;
+  // The K keys at either end see other queries than those between: a tile of both sorts would span more columns.
+  if (axis.transposed && a.kind == AxisKind::kNeighborhood) axis.end_rows = static_cast<int32_t>(a.kernel_size);
   axis.length[0] = static_cast<int32_t>(a.group_length(0));
   axis.lengths = a.length > a.dilation && a.length % a.dilation != 0 ? 2 : 1;
   axis.length[1] = static_cast<int32_t>(a.group_length(a.groups() - 1));
@@ -74,6 +74,7 @@ void cut_axis(AxisTiling& axis, int32_t log_tile) {
     find_classes(axis, which);
     axis.classes += axis.head[which] + axis.period[which] + axis.tail[which];
   }
+  axis.usual_cols = axis.span_of(0, axis.tiles[0] / 2).cols;
   for (int32_t c = 0; c < axis.classes; ++c) {
     const AxisTiling::Member member = axis.member_of(c);
     if (member.tile >= 0) axis.cols = std::max(axis.cols, axis.span_of(member.which, member.tile).cols);
@@ -103,7 +104,7 @@ int64_t interior_cols(const Axis& axis, int64_t rows) {
 
 // The shape of a tile: the one with the fewest products over the whole map.
 void choose_tile(const LocalAttentionParams& params, int32_t (&log_tile)[kAxes]) {
-  int64_t best = INT64_MAX;
+  int64_t best = INT64_MAX, least_columns = INT64_MAX;
   for (int32_t i = 0; i <= 4; ++i) {
     for (int32_t j = 0; i + j <= 4; ++j) {
       const int32_t logs[kAxes] = {i, j, 4 - i - j};
@@ -117,8 +118,9 @@ void choose_tile(const LocalAttentionParams& params, int32_t (&log_tile)[kAxes])
         columns *= interior_cols(axis, rows);
       }
       const int64_t cost = tiles * (ceil_div(columns, kPairColumns) + 1);  // a tile's own cost is about that of a pair
-      if (cost < best) {
+      if (cost < best || (cost == best && columns < least_columns)) {
         best = cost;
+        least_columns = columns;
         std::copy(logs, logs + kAxes, log_tile);
       }
     }
@@ -129,9 +131,9 @@ void choose_tile(const LocalAttentionParams& params, int32_t (&log_tile)[kAxes])
 void lay_out(Tiling& tiling) {
   auto congruent = [](int32_t least, int32_t residue) { return least + ((residue - least) % 8 + 8) % 8; };
   const AxisTiling* axis = tiling.axis;
-  tiling.pitch = congruent(axis[2].halo, axis[2].cols);
+  tiling.pitch = congruent(axis[2].halo, axis[2].usual_cols);
   tiling.plane = axis[0].halo == 1 ? axis[1].halo * tiling.pitch
-                                   : congruent(axis[1].halo * tiling.pitch, axis[1].cols * axis[2].cols);
+                                   : congruent(axis[1].halo * tiling.pitch, axis[1].usual_cols * axis[2].usual_cols);
   tiling.positions = (axis[0].halo - 1) * tiling.plane + (axis[1].halo - 1) * tiling.pitch + axis[2].halo;
 }
 
@@ -161,7 +163,9 @@ void choose_ctas(Tiling& tiling, const LocalAttentionParams& params, int channel
         const double bytes = halo * channels * kBytes * 1.15 + static_cast<double>(warps * limits.bytes_per_warp);
         if (!fits || (bytes > static_cast<double>(limits.comfortable_bytes) && i * j * k > 1)) continue;
         const double idle = std::max(1.0, kEnoughCtas / (ctas * static_cast<double>(params.batch * params.heads)));
-        const double cost = ctas * halo * idle * (1.0 + 0.01 * i * j * k);  // at equal traffic the smaller CTA
+        const double rounds = static_cast<double>(ceil_div(i * j * k, warps) * warps) / (i * j * k);  // of all warps
+        const double cost =
+            ctas * halo * idle * (0.7 + 0.3 * rounds) * (1.0 + 0.01 * i * j * k);  // the smaller CTA at equal cost
         if (best < 0.0 || cost < best) {
           best = cost;
           std::copy(counts, counts + kAxes, chosen);

@@ -13,11 +13,11 @@
 
 namespace natrpb::cuda {
 
-inline constexpr int kTileRows = 16;      // rows of one tensor-core product
-inline constexpr int kPairColumns = 16;   // columns of a pair of n-tiles: what P V takes at once
-inline constexpr int kChunkPairs = 7;     // pairs whose scores a warp holds in registers: K = 7 in 2-D has 100 columns
-inline constexpr int kMaxWarps = 4;       // of a CTA
-inline constexpr int kMaxCtaTiles = 16;   // warp tiles that share one halo
+inline constexpr int kTileRows = 16;     // rows of one tensor-core product
+inline constexpr int kPairColumns = 16;  // columns of a pair of n-tiles: what P V takes at once
+inline constexpr int kChunkPairs = 7;    // pairs whose scores a warp holds in registers: K = 7 in 2-D has 100 columns
+inline constexpr int kMaxWarps = 4;      // of a CTA
+inline constexpr int kMaxCtaTiles = 16;  // warp tiles that share one halo
 
 // A warp tile on one axis, in in-group indices.
 struct TileSpan {
@@ -36,7 +36,7 @@ struct AxisTiling {
   Axis axis;
   bool transposed = false;
   int32_t log_tile = 0;  // a tile has 2^log_tile rows
-  int32_t phase = 0;     // rows of a first, short tile; 0: none
+  int32_t end_rows = 0;  // rows at either end that are tiled by themselves; 0: none
   int32_t lengths = 1;   // distinct group lengths, the longer first
   int32_t length[2] = {1, 1};
   int32_t tiles[2] = {1, 1};
@@ -45,6 +45,7 @@ struct AxisTiling {
   int32_t period[2] = {0, 0};
   int32_t classes = 1;     // over both lengths
   int32_t cols = 1;        // of the widest tile
+  int32_t usual_cols = 1;  // of a tile in the middle
   int32_t cta_tiles = 1;   // warp tiles of a CTA
   int32_t ctas = 1;        // CTAs per group
   int32_t halo = 1;        // columns of the widest CTA
@@ -52,13 +53,13 @@ struct AxisTiling {
   NATRPB_HD int32_t tile() const { return 1 << log_tile; }
   NATRPB_HD int32_t groups() const { return static_cast<int32_t>(axis.groups()); }
   // Which of the two lengths a group has.
-  NATRPB_HD int32_t length_of(int32_t group) const {
-    return lengths == 2 && group >= axis.length % axis.dilation ? 1 : 0;
-  }
+  NATRPB_HD int32_t length_of(int32_t group) const { return lengths == 2 && group >= axis.length % axis.dilation ? 1 : 0; }
   NATRPB_HD int32_t first_class(int32_t which) const { return which == 0 ? 0 : head[0] + period[0] + tail[0]; }
 
   // Tiles of a window: no tile crosses the border of one.
   NATRPB_HD int32_t window_tiles() const { return static_cast<int32_t>(ceil_div(axis.kernel_size, tile())); }
+  // The rows at the ends of a group of `size`; none where they would overlap.
+  NATRPB_HD int64_t end_rows_of(int64_t size) const { return size >= 2 * end_rows ? end_rows : 0; }
 
   NATRPB_HD Interval rows_of(int64_t t, int64_t size) const {
     if (axis.kind == AxisKind::kWindow) {
@@ -67,8 +68,14 @@ struct AxisTiling {
       const int64_t first = max_of(begin, 0) + t % window_tiles() * tile();
       return {first, min_of(min_of(first + tile(), begin + axis.kernel_size), size) - 1};
     }
-    const int64_t end = (phase > 0 ? phase : tile()) + t * tile();
-    return {max_of(end - tile(), 0), min_of(end, size) - 1};
+    // [0, ends), [ends, size - ends) and [size - ends, size), each cut from its start
+    const int64_t ends = end_rows_of(size), end_tiles = ceil_div(ends, tile());
+    const int64_t middle_tiles = ceil_div(size - 2 * ends, tile());
+    if (t < end_tiles) return {t * tile(), min_of((t + 1) * tile(), ends) - 1};
+    t -= end_tiles;
+    if (t < middle_tiles) return {ends + t * tile(), min_of(ends + (t + 1) * tile(), size - ends) - 1};
+    t -= middle_tiles;
+    return {size - ends + t * tile(), min_of(size - ends + (t + 1) * tile(), size) - 1};
   }
 
   // Columns that one row sees.
@@ -108,8 +115,12 @@ struct AxisTiling {
     if (rows.count() <= 0) return {0, 0, 0, 0, 0, {}};
     const int64_t first = cols_of(rows.first, length[which]).first;
     const int64_t last = cols_of(rows.last, length[which]).last;
-    return {static_cast<int32_t>(rows.first),  static_cast<int32_t>(rows.count()), static_cast<int32_t>(first),
-            static_cast<int32_t>(last - first + 1), class_of(which, t), {}};
+    return {static_cast<int32_t>(rows.first),
+            static_cast<int32_t>(rows.count()),
+            static_cast<int32_t>(first),
+            static_cast<int32_t>(last - first + 1),
+            class_of(which, t),
+            {}};
   }
 
   NATRPB_HD HaloSpan halo_of(int32_t which, int32_t cta) const {
@@ -127,15 +138,15 @@ struct AxisTiling {
 struct Tiling {
   AxisTiling axis[kAxes];
   bool transposed = false;
-  bool streamed = false;    // columns pass through shared memory in chunks, because a tile's own do not fit
-  int32_t warps = 1;        // of a CTA
-  int32_t cta_tiles = 1;    // warp tiles of a CTA
-  int32_t pairs = 1;        // pairs of n-tiles of the largest tile
-  int32_t classes = 1;      // over all axes
-  int32_t pitch = 1;        // halo position = (i0 * plane_rows + i1) * pitch + i2, see `plane`
+  bool streamed = false;  // columns pass through shared memory in chunks, because a tile's own do not fit
+  int32_t warps = 1;      // of a CTA
+  int32_t cta_tiles = 1;  // warp tiles of a CTA
+  int32_t pairs = 1;      // pairs of n-tiles of the largest tile
+  int32_t classes = 1;    // over all axes
+  int32_t pitch = 1;      // halo position = (i0 * plane_rows + i1) * pitch + i2, see `plane`
   int32_t plane = 1;
-  int32_t positions = 1;    // of the halo, per staged tensor
-  int64_t ctas = 1;         // per batch entry and head
+  int32_t positions = 1;  // of the halo, per staged tensor
+  int64_t ctas = 1;       // per batch entry and head
 
   // Tables in the workspace: spans and halos of axis a begin at these entries, one row per length.
   int32_t span_base[kAxes] = {0, 0, 0};

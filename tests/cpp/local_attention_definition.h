@@ -1,8 +1,8 @@
-// Every launcher of a back end against the definition, term by term in double. Buffers are exactly as large as the op may touch,
-// so an address sanitizer sees each step outside; outputs and workspace start as NaN.
+// Every launcher of a back end against the definition, term by term in double. Buffers are exactly as large as the op may
+// touch, so an address sanitizer sees each step outside; outputs and workspace start as NaN.
 //
-// A back end is a struct of static functions, the launchers of natrpb/local_attention.h without their last argument, and kReadsOut:
-// whether its backward takes sum p dp from `out`, rounded to the storage type.
+// A back end is a struct of static functions, the launchers of natrpb/local_attention.h without their last argument, and of
+// kReadsOut: whether its backward takes sum p dp from `out`, rounded to the storage type.
 #pragma once
 
 #include "natrpb/local_attention.h"
@@ -327,7 +327,7 @@ class Test {
 
   void near(const char* what, double got, double want, double largest, double epsilon) const {
     check(std::fabs(got - want) <= 20 * epsilon * (1 + largest),
-                        [&] { return where(what) + ": expected " + std::to_string(want) + ", got " + std::to_string(got); });
+          [&] { return where(what) + ": expected " + std::to_string(want) + ", got " + std::to_string(got); });
   }
   static double largest_of(const Sums& want) {
     double largest = 0;
