@@ -230,47 +230,82 @@ struct Staged {
   }
 };
 
-// Starts copying the columns [begin, end) of a box from two tensors to shared memory, x at `shared`, y behind it.
-template <class T, int kDim, class Position>
-__device__ void stage(const Params& p, const Place& place, const Box& box, int32_t begin, int32_t end, const View& x,
-                      int64_t x_channels, const View& y, int64_t y_channels, unsigned char* shared, Position position) {
-  constexpr int kUnits = Staged<kDim>::kUnits;
-  const int32_t unit = threadIdx.x % kUnits;
-  const bool has_x = unit * 8 < x_channels, has_y = unit * 8 < y_channels;
-  const T* from_x = static_cast<const T*>(x.data) + (has_x ? unit * 8 : 0);
-  const T* from_y = static_cast<const T*>(y.data) + (has_y ? unit * 8 : 0);
-  unsigned char* to_y = shared + p.tiling.positions * (kDim * 2);
-  for (int32_t j = begin + static_cast<int32_t>(threadIdx.x) / kUnits; j < end; j += blockDim.x / kUnits) {
-    int32_t i[kAxes];
-    box.unravel(j, i);
-    const int32_t offset = Staged<kDim>::offset(position(j, i), unit);
-    ptx::cp_async_16(shared + offset, from_x + place.offset(p, x, i), has_x);
-    ptx::cp_async_16(to_y + offset, from_y + place.offset(p, y, i), has_y);
-  }
-  ptx::cp_async_commit();
-}
+// The 16-byte unit of every column's row that a thread copies, from two tensors, x to `shared`, y behind it.
+template <class T, int kDim>
+struct Copy {
+  const T *from_x, *from_y;
+  bool has_x, has_y;
+  unsigned char *to_x, *to_y;
 
-// Copies the CTA's whole halo; the caller waits and synchronises.
+  static constexpr int kUnits = Staged<kDim>::kUnits;
+  static __device__ int32_t unit() { return threadIdx.x % kUnits; }
+
+  __device__ Copy(const Params& p, const View& x, int64_t x_channels, const View& y, int64_t y_channels, unsigned char* shared)
+      : has_x(unit() * 8 < x_channels),
+        has_y(unit() * 8 < y_channels),
+        to_x(shared),
+        to_y(shared + p.tiling.positions * (kDim * 2)) {
+    from_x = static_cast<const T*>(x.data) + (has_x ? unit() * 8 : 0);
+    from_y = static_cast<const T*>(y.data) + (has_y ? unit() * 8 : 0);
+  }
+  // x and y: offsets in the tensors.
+  __device__ void start(int64_t x, int64_t y, int32_t at) const {
+    const int32_t offset = Staged<kDim>::offset(at, unit());
+    ptx::cp_async_16(to_x + offset, from_x + x, has_x);
+    ptx::cp_async_16(to_y + offset, from_y + y, has_y);
+  }
+};
+
+// Starts copying the CTA's whole halo; the caller waits and synchronises. Warps take turns at lines of the halo where there are
+// enough of them, else all threads at the columns of each.
 template <class T, int kDim>
 __device__ void stage_halo(const Params& p, const Place& place, const View& x, int64_t x_channels, const View& y,
                            int64_t y_channels, unsigned char* shared) {
-  const HaloSpan(&halo)[kAxes] = place.halo;
-  const Box box({halo[0].first, halo[1].first, halo[2].first}, halo[0].count, halo[1].count, halo[2].count);
-  stage<T, kDim>(p, place, box, 0, box.count, x, x_channels, y, y_channels, shared, [&](int32_t, const int32_t (&i)[kAxes]) {
-    return (i[0] - halo[0].first) * p.tiling.plane + (i[1] - halo[1].first) * p.tiling.pitch + i[2] - halo[2].first;
-  });
+  constexpr int kUnits = Staged<kDim>::kUnits;
+  const Copy<T, kDim> copy(p, x, x_channels, y, y_channels, shared);
+  const int32_t planes = place.halo[0].count, lines = place.halo[1].count, columns = place.halo[2].count;
+  const bool by_warp = planes * lines >= p.tiling.warps;
+  const int32_t line_step = by_warp ? p.tiling.warps : 1;
+  const int32_t column_step = (by_warp ? 32 : blockDim.x) / kUnits;
+  const int32_t first_column = (by_warp ? threadIdx.x % 32 : threadIdx.x) / kUnits;
+  const Divider by_lines(lines);
+  const int32_t first[kAxes] = {place.halo[0].first, place.halo[1].first, place.halo[2].first};
+  const int64_t x_first = place.offset(p, x, first), y_first = place.offset(p, y, first);
+  const Axis(&axis)[kAxes] = p.op.axis;
+  const int64_t x_column = axis[2].dilation * x.space[2], y_column = axis[2].dilation * y.space[2];
+  for (int32_t n = by_warp ? threadIdx.x / 32 : 0; n < planes * lines; n += line_step) {
+    const int32_t plane = by_lines(n), line = n - plane * lines;
+    int64_t x_at = x_first + plane * (axis[0].dilation * x.space[0]) + line * (axis[1].dilation * x.space[1]);
+    int64_t y_at = y_first + plane * (axis[0].dilation * y.space[0]) + line * (axis[1].dilation * y.space[1]);
+    x_at += first_column * x_column;
+    y_at += first_column * y_column;
+    int32_t at = plane * p.tiling.plane + line * p.tiling.pitch + first_column;
+    for (int32_t column = first_column; column < columns; column += column_step) {
+      copy.start(x_at, y_at, at);
+      x_at += column_step * x_column;
+      y_at += column_step * y_column;
+      at += column_step;
+    }
+  }
+  ptx::cp_async_commit();
 }
 
 // Copies one chunk of a tile's columns, for tiles whose columns do not fit as a whole. One warp.
 template <class T, int kDim>
 __device__ void stage_chunk(const Params& p, const Place& place, const Tile& tile, int32_t first_pair, const View& x,
                             int64_t x_channels, const View& y, int64_t y_channels, unsigned char* shared) {
+  constexpr int kUnits = Staged<kDim>::kUnits;
+  const Copy<T, kDim> copy(p, x, x_channels, y, y_channels, shared);
   const Box box = tile.columns();
   const int32_t begin = first_pair * kPairColumns;
   const int32_t end = static_cast<int32_t>(min_of(begin + kChunkPairs * kPairColumns, box.count));
   __syncwarp();
-  stage<T, kDim>(p, place, box, begin, end, x, x_channels, y, y_channels, shared,
-                 [&](int32_t j, const int32_t (&)[kAxes]) { return j - begin; });
+  for (int32_t j = begin + threadIdx.x / kUnits; j < end; j += 32 / kUnits) {
+    int32_t i[kAxes];
+    box.unravel(j, i);
+    copy.start(place.offset(p, x, i), place.offset(p, y, i), j - begin);
+  }
+  ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncwarp();
 }

@@ -36,7 +36,7 @@ __device__ __forceinline__ void forward_row(const LocalAttentionParams& params, 
     for (uint32_t chunk = 0; chunk < keys.members; chunk += kWarp) {
       const Member member = member_at(params, keys.count, keys.members, chunk);
       const int64_t offset = offset_of(params.key, member);
-      Acc score = scale * dots<V>(query, key, offset, member.valid_lanes, head_dim);
+      Acc score = dots<V>(scale, query, key, offset, member.valid_lanes, head_dim);
       if (bias && member.valid) score += bias[bias_entry<Side::kKeysOfQuery>(params, keys, member)];
       if (!member.valid) score = -kInfinity<Acc>;
       const Acc last_peak = peak;
@@ -92,10 +92,10 @@ __device__ __forceinline__ void backward_query_row(const LocalAttentionParams& p
       const Member member = member_at(params, keys.count, keys.members, chunk);
       const int64_t key_offset = offset_of(params.key, member);
       const int64_t entry = bias_entry<Side::kKeysOfQuery>(params, keys, member);
-      Acc score = scale * dots<V>(query, key, key_offset, member.valid_lanes, head_dim);
+      Acc score = dots<V>(scale, query, key, key_offset, member.valid_lanes, head_dim);
       if (bias && member.valid) score += bias[entry];
       const Acc weight = std::exp(score - lse);
-      const Acc dweight = dots<V>(dout, value, offset_of(params.value, member), member.valid_lanes, value_dim);
+      const Acc dweight = dots<V>(Acc(1), dout, value, offset_of(params.value, member), member.valid_lanes, value_dim);
       const Acc dscore = weight * (dweight - mean);
       if (table && part == 0 && member.valid) table[entry] += dscore;
       add_rows<V>(dscore, key + part, key_offset, member.valid_lanes, head_dim - part, sum);
@@ -129,8 +129,8 @@ __device__ __forceinline__ void backward_key_row(const LocalAttentionParams& par
       const Member member = member_at(params, queries.count, queries.members, chunk);
       const int64_t query_offset = offset_of(params.query, member);
       const int64_t dout_offset = offset_of(params.dout, member);
-      Acc score = scale * dots<V>(key, query, query_offset, member.valid_lanes, head_dim);
-      const Acc dweight = dots<V>(value, dout, dout_offset, member.valid_lanes, value_dim);
+      Acc score = dots<V>(scale, key, query, query_offset, member.valid_lanes, head_dim);
+      const Acc dweight = dots<V>(Acc(1), value, dout, dout_offset, member.valid_lanes, value_dim);
       Acc weight = 0, dscore = 0;
       if (member.valid) {
         if (bias) score += bias[bias_entry<Side::kQueriesOfKey>(params, queries, member)];

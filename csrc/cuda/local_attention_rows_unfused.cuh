@@ -36,7 +36,7 @@ __device__ __forceinline__ void qk_row(const LocalAttentionParams& params, const
     for (int a = 0; a < kAxes; ++a) member.valid = member.valid && member.at[a] < keys.count[a];
     member.valid_lanes = __ballot_sync(kAllLanes, member.valid);
     const int64_t offset = offset_of(params.key, member);
-    Acc score = static_cast<Acc>(params.scale) * dots<V>(query, key, offset, member.valid_lanes, head_dim);
+    Acc score = dots<V>(static_cast<Acc>(params.scale), query, key, offset, member.valid_lanes, head_dim);
     if (bias && member.valid) score += bias[bias_entry<Side::kKeysOfQuery>(params, keys, member)];
     if (is_slot) round_to(member.valid ? score : static_cast<Acc>(params.fill), attn[slot_of(params, member.at)]);
   }

@@ -4,7 +4,7 @@
 //
 // Two functions hold all arithmetic on channels. Eight lanes read one member together, so that four members, 128 bytes each,
 // come with one load of the warp:
-//   dots      <row, member> for the chunk's members; every lane ends with the dot product of its own member
+//   dots      <factor * row, member> for the chunk's members; every lane ends with the dot product of its own member
 //   add_rows  sum[channel] += weight(member) * member[channel]; a lane holds the channels that it reads, over a quarter of the
 //             members, until store_row adds the quarters
 // V is the number of elements of one load: kVector<T>, or 1 where a tensor is not aligned to 16 bytes.
@@ -199,9 +199,10 @@ __device__ __forceinline__ Acc sum_transposed(Acc (&s)[kSteps]) {
 // Whether step t, the members of lanes t, t + 8, t + 16 and t + 24, has any valid one.
 __device__ __forceinline__ bool is_step(uint32_t valid_lanes, int t) { return valid_lanes & 0x01010101u << t; }
 
-// <row, rows + offset> of every valid lane's member; 0 for the other lanes, whose rows are not read.
+// <factor * row, rows + offset> of every valid lane's member; 0 for the other lanes, whose rows are not read.
 template <int V, class T>
-__device__ __forceinline__ Compute<T> dots(const T* row, const T* rows, int64_t offset, uint32_t valid_lanes, int channels) {
+__device__ __forceinline__ Compute<T> dots(Compute<T> factor, const T* row, const T* rows, int64_t offset, uint32_t valid_lanes,
+                                           int channels) {
   const int base = first_lane_of_group();
   Compute<T> sum[kSteps] = {};
 #pragma unroll
@@ -215,6 +216,8 @@ __device__ __forceinline__ Compute<T> dots(const T* row, const T* rows, int64_t 
     for (int c = lane_index() % kRowLanes * V; c < channels; c += kRowLanes * V) {
       Compute<T> x[V];
       load<V>(row + c, x);
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[i] *= factor;
 #pragma unroll
       for (int t = 0; t < kStepsAtOnce; ++t) {
         if (!(valid_lanes >> (base + first + t) & 1)) continue;
