@@ -31,28 +31,40 @@ int width_of(const LocalAttentionParams& params) {
   return channels <= 16 ? 16 : channels <= 32 ? 32 : channels <= 64 ? 64 : 128;
 }
 
-TilingLimits device_limits() {
+// Multiprocessors hold 64 Ki registers; see the kernels' launch bounds.
+TilingLimits limits_for(const LocalAttentionParams& params) {
   const SharedMemoryLimits shared = shared_memory_limits();
   TilingLimits limits;
-  limits.shared_bytes = shared.block - static_cast<int64_t>(sizeof(CtaState));
-  limits.comfortable_bytes = shared.multiprocessor / 3 - 1024 - static_cast<int64_t>(sizeof(CtaState));
+  limits.block_bytes = shared.block;
+  limits.multiprocessor_bytes = shared.multiprocessor;
+  limits.multiprocessor_warps = width_of(params) <= 32 ? 12 : 8;
+  limits.most_tiles = kMaxCtaTiles;
+  limits.bytes_per_cta = sizeof(CtaState);
   return limits;
 }
 
 Tiling forward_tiling(const LocalAttentionParams& params) {
-  TilingLimits limits = device_limits();
-  limits.most_tiles = kMaxCtaTiles;
+  return make_tiling(params, false, width_of(params), limits_for(params));
+}
+// With the sums of dscores in shared memory, or not.
+Tiling query_tiling(const LocalAttentionParams& params, bool sums_in_shared) {
+  TilingLimits limits = limits_for(params);
+  limits.most_tiles = kMaxWarps;
+  limits.bytes_per_warp = sizeof(WarpState);
+  if (sums_in_shared) limits.bytes_per_pair = kPairFloat4 * sizeof(float4);
   return make_tiling(params, false, width_of(params), limits);
 }
 Tiling query_tiling(const LocalAttentionParams& params) {
-  TilingLimits limits = device_limits();
-  limits.most_tiles = kMaxWarps;
-  limits.bytes_per_warp = sizeof(WarpState) + (params.drpb ? kChunkPairs * kPairFloat4 * sizeof(float4) : 0);
-  return make_tiling(params, false, width_of(params), limits);
+  Tiling tiling = query_tiling(params, params.drpb != nullptr);
+  tiling.sums_in_shared = params.drpb != nullptr;
+  if (params.drpb && (tiling.streamed || tiling.warps < kMaxWarps)) {
+    const Tiling other = query_tiling(params, false);
+    if (tiling.streamed || other.warps > tiling.warps) return other;
+  }
+  return tiling;
 }
 Tiling key_tiling(const LocalAttentionParams& params) {
-  TilingLimits limits = device_limits();
-  limits.most_tiles = kMaxCtaTiles;
+  TilingLimits limits = limits_for(params);
   limits.bytes_per_warp = kChunkPairs * kPairColumns * sizeof(float2);
   return make_tiling(params, true, width_of(params), limits);
 }
@@ -121,22 +133,20 @@ Backward make_backward(const LocalAttentionParams& params, Arena& arena) {
   p.delta = b.key.delta = arena.take<float>(positions);
   p.entries = static_cast<int32_t>(table_entries(params));
   const int64_t sums = p.tiling.pairs * kPairFloat4 * static_cast<int64_t>(sizeof(float4));  // of a warp
-  const int64_t fixed = int64_t{2} * 2 * width_of(params) * p.tiling.positions + p.tiling.warps * int64_t{sizeof(WarpState)};
-  const bool fits = fixed + p.tiling.warps * sums <= device_limits().shared_bytes;
-  const int64_t warps = params.heads * p.tiling.warps;  // of one run of every head
+  const int64_t warps = params.heads * p.tiling.warps;                                       // of one run of every head
   int64_t runs = max_of(kQueryCtas / max_of(params.heads, 1), 1);
   if (params.drpb) {
     runs = min_of(runs, kMostTableBytes / (warps * p.entries * static_cast<int64_t>(sizeof(float))));
-    if (!fits) runs = min_of(runs, kMostSumsBytes / (warps * sums));
+    if (!p.tiling.sums_in_shared) runs = min_of(runs, kMostSumsBytes / (warps * sums));
   }
   p.runs = static_cast<int32_t>(min_of(max_of(runs, 1), p.tiling.ctas * params.batch));
   if (params.drpb) {
-    p.sums_in_registers = fits && p.tiling.pairs <= kChunkPairs && width_of(params) <= kMostRegisterDim;
+    p.sums_in_registers = p.tiling.sums_in_shared && p.tiling.pairs <= kChunkPairs && width_of(params) <= kMostRegisterDim;
     b.tables.entries = p.entries;
     b.tables.tables_per_head = int64_t{p.runs} * p.tiling.warps;
     b.tables.offset = arena.bytes();
     p.partials = arena.take<float>(params.heads * b.tables.tables_per_head * p.entries);
-    if (!fits) p.sums = arena.take<float4>(warps * p.runs * p.tiling.pairs * kPairFloat4);
+    if (!p.tiling.sums_in_shared) p.sums = arena.take<float4>(warps * p.runs * p.tiling.pairs * kPairFloat4);
   }
   return b;
 }

@@ -236,14 +236,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
     state.first_bad = state.end_bad = state.end;
   }
   __syncwarp();
-  auto enter = [&](int32_t item) {
-    __syncthreads();  // everyone is done with the item before
-    if (threadIdx.x == 0) find_place(p, place, state.head, item);
+  auto enter = [&](int32_t item, bool first) {
+    const int32_t batch = item % static_cast<int32_t>(p.op.batch);
+    const bool moves = first || batch == 0;  // to another CTA tile
+    __syncthreads();                         // everyone is done with the item before
+    if (threadIdx.x == 0) {
+      if (moves) find_place(p, place, state.head, item);
+      place.batch = batch;
+    }
     __syncthreads();
-    const Tile& tile = cta.find_tile(p, threadIdx.x / 32);
+    const Tile& tile = moves ? cta.find_tile(p, threadIdx.x / 32) : cta.tile[threadIdx.x / 32];
     return tile.exists ? tile.klass : -1;
   };
-  int32_t next = enter(item);  // class of the warp's tile, -1: it has none
+  int32_t next = enter(item, true);  // class of the warp's tile, -1: it has none
   while (item < state.end) {
     Sums<kInRegisters> sums;
     if constexpr (!kInRegisters) sums.memory = p.partials ? memory() : nullptr;
@@ -266,7 +271,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
         if (state.first_bad == state.end) state.first_bad = item;
         state.end_bad = item + 1;
       }
-      if (++item < state.end) next = enter(item);
+      if (++item < state.end) next = enter(item, false);
     } while (item < state.end && (klass < 0 || next < 0 || next == klass));
     if (p.partials && klass >= 0) flush(sums);
   }

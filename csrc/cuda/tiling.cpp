@@ -1,6 +1,7 @@
 #include "cuda/tiling.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace natrpb::cuda {
 
@@ -137,38 +138,55 @@ void lay_out(Tiling& tiling) {
   tiling.positions = (axis[0].halo - 1) * tiling.plane + (axis[1].halo - 1) * tiling.pitch + axis[2].halo;
 }
 
-void choose_ctas(Tiling& tiling, const LocalAttentionParams& params, int channels, const TilingLimits& limits) {
+// Shared memory beside the halo.
+int64_t other_bytes(const Tiling& tiling, const TilingLimits& limits, int64_t warps) {
+  return limits.bytes_per_cta + warps * (limits.bytes_per_warp + tiling.pairs * limits.bytes_per_pair);
+}
+
+// What a choice of CTAs costs, up to a factor: traffic, made worse by multiprocessors or warps without work.
+double cost_of_ctas(const Tiling& tiling, const LocalAttentionParams& params, int row_bytes, const TilingLimits& limits,
+                    const int32_t (&counts)[kAxes]) {
+  constexpr double kNever = 1e300;
+  constexpr double kPadding = 1.15;    // positions of the halo's layout that hold no column
+  constexpr double kEnoughWarps = 8;   // on a multiprocessor, to hide latencies
+  constexpr double kSetup = 0.5;       // work of a CTA beside its tiles, in tiles per warp
+  constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes for a CTA
+  double ctas = static_cast<double>(params.batch * params.heads), halo = 1.0;
+  for (int a = 0; a < kAxes; ++a) {
+    const AxisTiling& axis = tiling.axis[a];
+    const bool window = axis.axis.kind == AxisKind::kWindow;
+    const int32_t unit = window ? axis.window_tiles() : 1;
+    if (counts[a] > axis.tiles[0] || (unit % counts[a] != 0 && counts[a] % unit != 0)) return kNever;
+    ctas *= static_cast<double>(ceil_div(axis.tiles[0], counts[a])) * axis.groups();
+    const int64_t columns = window ? ceil_div(counts[a], unit) * interior_cols(axis.axis, 1)
+                                   : std::min<int64_t>(axis.cols + (counts[a] - 1) * axis.tile(), axis.length[0]);
+    halo *= static_cast<double>(columns);
+  }
+  const int64_t tiles = int64_t{counts[0]} * counts[1] * counts[2], warps = std::min<int64_t>(tiles, kMaxWarps);
+  const int64_t bytes = static_cast<int64_t>(halo * kPadding * row_bytes) + other_bytes(tiling, limits, warps);
+  if (bytes > limits.block_bytes) return kNever;
+  const int64_t together = std::min(limits.multiprocessor_bytes / (bytes + kReserved), limits.multiprocessor_warps / warps);
+  const double warps_together = static_cast<double>(std::max<int64_t>(together, 1) * warps);
+  const double idle = std::max(1.0, kEnoughCtas / ctas) * std::max(1.0, kEnoughWarps / warps_together);
+  const double rounds = static_cast<double>(ceil_div(tiles, warps));
+  const double work = (rounds + kSetup) * static_cast<double>(warps) / static_cast<double>(tiles);  // per tile
+  return ctas * halo * idle * (0.5 + 0.5 * work);
+}
+
+void choose_ctas(Tiling& tiling, const LocalAttentionParams& params, int row_bytes, const TilingLimits& limits) {
   constexpr int32_t kCounts[] = {1, 2, 3, 4, 6, 8, 12, 16};
-  constexpr int kBytes = 2 * 2;  // two tensors of 16-bit numbers
-  double best = -1.0;
+  double best = INFINITY;
   int32_t chosen[kAxes] = {1, 1, 1};
   for (int32_t i : kCounts) {
     for (int32_t j : kCounts) {
       for (int32_t k : kCounts) {
-        const int32_t counts[kAxes] = {i, j, k};
-        if (i * j * k > limits.most_tiles) continue;
-        double ctas = 1.0, halo = 1.0;
-        bool fits = true;
-        for (int a = 0; a < kAxes; ++a) {
-          const AxisTiling& axis = tiling.axis[a];
-          const bool window = axis.axis.kind == AxisKind::kWindow;
-          const int32_t unit = window ? axis.window_tiles() : 1;
-          fits &= counts[a] <= axis.tiles[0] && (unit % counts[a] == 0 || counts[a] % unit == 0);
-          ctas *= static_cast<double>(ceil_div(axis.tiles[0], counts[a])) * axis.groups();
-          const int64_t windows = ceil_div(counts[a], unit);
-          halo *= static_cast<double>(window ? windows * interior_cols(axis.axis, 1)
-                                             : std::min<int64_t>(axis.cols + (counts[a] - 1) * axis.tile(), axis.length[0]));
-        }
-        const int64_t warps = std::min(i * j * k, kMaxWarps);
-        const double bytes = halo * channels * kBytes * 1.15 + static_cast<double>(warps * limits.bytes_per_warp);
-        if (!fits || (bytes > static_cast<double>(limits.comfortable_bytes) && i * j * k > 1)) continue;
-        const double idle = std::max(1.0, kEnoughCtas / (ctas * static_cast<double>(params.batch * params.heads)));
-        const double rounds = static_cast<double>(ceil_div(i * j * k, warps) * warps) / (i * j * k);  // of all warps
-        const double cost =
-            ctas * halo * idle * (0.7 + 0.3 * rounds) * (1.0 + 0.01 * i * j * k);  // the smaller CTA at equal cost
-        if (best < 0.0 || cost < best) {
+        if (i * j * k > limits.most_tiles) break;
+        const double cost = cost_of_ctas(tiling, params, row_bytes, limits, {i, j, k});
+        if (cost < best) {
           best = cost;
-          std::copy(counts, counts + kAxes, chosen);
+          chosen[0] = i;
+          chosen[1] = j;
+          chosen[2] = k;
         }
       }
     }
@@ -195,11 +213,12 @@ Tiling make_tiling(const LocalAttentionParams& params, bool transposed, int chan
     tiling.classes *= axis.classes;
   }
   tiling.pairs = static_cast<int32_t>(ceil_div(cols, kPairColumns));
-  choose_ctas(tiling, params, channels, limits);
+  constexpr int kTensors = 2, kElementBytes = 2;
+  const int row_bytes = kTensors * kElementBytes * channels;
+  choose_ctas(tiling, params, row_bytes, limits);
   tiling.cta_tiles = tiling.axis[0].cta_tiles * tiling.axis[1].cta_tiles * tiling.axis[2].cta_tiles;
   tiling.warps = std::min(tiling.cta_tiles, kMaxWarps);
-  const int64_t row_bytes = int64_t{2} * 2 * channels;
-  tiling.streamed = tiling.positions * row_bytes + tiling.warps * limits.bytes_per_warp > limits.shared_bytes;
+  tiling.streamed = int64_t{tiling.positions} * row_bytes + other_bytes(tiling, limits, tiling.warps) > limits.block_bytes;
   if (tiling.streamed) {
     for (AxisTiling& axis : tiling.axis) group_axis(axis, 1);
     tiling.cta_tiles = tiling.warps = 1;

@@ -138,12 +138,13 @@ struct AxisTiling {
 struct Tiling {
   AxisTiling axis[kAxes];
   bool transposed = false;
-  bool streamed = false;  // columns pass through shared memory in chunks, because a tile's own do not fit
-  int32_t warps = 1;      // of a CTA
-  int32_t cta_tiles = 1;  // warp tiles of a CTA
-  int32_t pairs = 1;      // pairs of n-tiles of the largest tile
-  int32_t classes = 1;    // over all axes
-  int32_t pitch = 1;      // halo position = (i0 * plane_rows + i1) * pitch + i2, see `plane`
+  bool streamed = false;        // columns pass through shared memory in chunks, because a tile's own do not fit
+  bool sums_in_shared = false;  // query pass: whether the sums of dscores have room in shared memory
+  int32_t warps = 1;            // of a CTA
+  int32_t cta_tiles = 1;        // warp tiles of a CTA
+  int32_t pairs = 1;            // pairs of n-tiles of the largest tile
+  int32_t classes = 1;          // over all axes
+  int32_t pitch = 1;            // halo position = (i0 * plane_rows + i1) * pitch + i2, see `plane`
   int32_t plane = 1;
   int32_t positions = 1;  // of the halo, per staged tensor
   int64_t ctas = 1;       // per batch entry and head
@@ -158,12 +159,15 @@ struct Tiling {
   NATRPB_HD int64_t column_words() const { return int64_t{classes} * pairs * 32; }
 };
 
-// What a CTA may take.
+// What CTAs may take.
 struct TilingLimits {
-  int64_t shared_bytes = 0;       // of shared memory
-  int64_t comfortable_bytes = 0;  // of shared memory, so that several CTAs share a multiprocessor
-  int32_t most_tiles = 1;         // warp tiles
-  int64_t bytes_per_warp = 0;     // of shared memory beside the halo
+  int64_t block_bytes = 0;           // shared memory of a CTA
+  int64_t multiprocessor_bytes = 0;  // shared memory of all CTAs that run together
+  int32_t multiprocessor_warps = 1;  // warps that registers allow to run together
+  int32_t most_tiles = 1;            // warp tiles of a CTA
+  int64_t bytes_per_cta = 0;         // shared memory beside the halo: once,
+  int64_t bytes_per_warp = 0;        // for every warp,
+  int64_t bytes_per_pair = 0;        // and for every warp and pair of n-tiles
 };
 
 // Cuts the op. `channels` is the width of a row in shared memory, where two tensors of 16-bit numbers are staged.
