@@ -118,6 +118,19 @@ Status prepare(const Params& p, void* stream) {
                 preparation);
 }
 
+// Strides of one number per query, [B, h, *].
+View contiguous(const LocalAttentionParams& params) {
+  View view;
+  int64_t stride = 1;
+  for (int a = kAxes - 1; a >= 0; --a) {
+    view.space[a] = stride;
+    stride *= params.axis[a].length;
+  }
+  view.head = stride;
+  view.batch = stride * params.heads;
+  return view;
+}
+
 struct Backward {
   Params query, key;
   TablePlan tables;  // of drpb
@@ -129,6 +142,7 @@ Backward make_backward(const LocalAttentionParams& params, Arena& arena) {
   b.key = make_params(params, key_tiling(params), arena);
   Params& p = b.query;
   const int64_t positions = params.batch * params.heads * positions_of(params);
+  p.stats = b.key.stats = contiguous(params);
   p.lse = b.key.lse = arena.take<float>(positions);
   p.delta = b.key.delta = arena.take<float>(positions);
   p.entries = static_cast<int32_t>(table_entries(params));
@@ -151,11 +165,21 @@ Backward make_backward(const LocalAttentionParams& params, Arena& arena) {
   return b;
 }
 
+// Whether offsets within a tile fit 32 bits.
+bool tiles_are_compact(const LocalAttentionParams& params) {
+  int64_t widest = 0;
+  for (const View* view : {&params.query, &params.key, &params.value, &params.out, &params.lse, &params.dout, &params.dlse,
+                           &params.dquery, &params.dkey, &params.dvalue}) {
+    for (int a = 0; a < kAxes; ++a) widest = max_of(widest, params.axis[a].dilation * view->space[a]);
+  }
+  return widest < (int64_t{1} << 31) / (kAxes * kTileRows);
+}
+
 bool serves(const LocalAttentionParams& params) {
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
   if (params.head_dim < 8 || params.value_dim < 8 || max_of(params.head_dim, params.value_dim) > kMostDim) return false;
   if (!(kLeastScale <= params.scale && params.scale <= kMostScale)) return false;
-  return can_load_vectors<__half>(params);  // of either 16-bit type
+  return tiles_are_compact(params) && can_load_vectors<__half>(params);  // of either 16-bit type
 }
 
 bool tables_are_small(const LocalAttentionParams& params, const Tiling& tiling) {

@@ -37,7 +37,8 @@ struct Params {
   const float4* fragments = nullptr;  // [h or 1, classes, pairs, 2, 32]
   const uint32_t* columns = nullptr;  // [classes, pairs, 32]: where a lane's columns lie, see Columns
   int64_t fragments_per_head = 0;     // float4 between two heads; 0 without a bias
-  float* lse = nullptr;               // [B, h, *] in units of log 2, contiguous; backward only, as all below
+  View stats;                         // strides of lse and delta, contiguous [B, h, *]; backward only, as all below
+  float* lse = nullptr;               // [B, h, *] in units of log 2
   float* delta = nullptr;             // [B, h, *]: <dout, out> - dlse
   float* partials = nullptr;          // [h, runs, warps, entries]: drpb of every warp, or nullptr
   float4* sums = nullptr;             // [h, runs, warps, pairs, 2, 32]: sums of dscores, or nullptr: in shared memory
@@ -63,38 +64,28 @@ struct alignas(128) Place {
   int32_t group[kAxes], cta[kAxes], which[kAxes];
   HaloSpan halo[kAxes];
 
-  // `index` numbers the CTAs of one batch entry and head: group and number on axis 0, then on axis 1, then on axis 2.
+  // `index` numbers the CTAs of one batch entry and head: group and number on axis 0, then on axis 1, then on axis 2. The first
+  // lanes of one warp call it together, each for an axis of its own.
   __device__ void find(const Params& p, int32_t batch_, int32_t head_, uint32_t index) {
+    const int32_t a = threadIdx.x % 32;
+    if (a >= kAxes) return;
+    for (int32_t b = kAxes - 1; b > a; --b) index /= static_cast<uint32_t>(p.tiling.axis[b].ctas * p.tiling.axis[b].groups());
+    const AxisTiling& axis = p.tiling.axis[a];
+    const uint32_t ctas = static_cast<uint32_t>(axis.ctas);
+    index %= ctas * static_cast<uint32_t>(axis.groups());
+    cta[a] = static_cast<int32_t>(index % ctas);
+    group[a] = static_cast<int32_t>(index / ctas);
+    which[a] = axis.length_of(group[a]);
+    halo[a] = p.halos[p.tiling.halo_base[a] + which[a] * axis.ctas + cta[a]];
     batch = batch_;
     head = head_;
-#pragma unroll
-    for (int a = kAxes - 1; a >= 0; --a) {
-      const AxisTiling& axis = p.tiling.axis[a];
-      cta[a] = group[a] = which[a] = 0;
-      if (axis.ctas > 1) {
-        cta[a] = static_cast<int32_t>(index % static_cast<uint32_t>(axis.ctas));
-        index /= static_cast<uint32_t>(axis.ctas);
-      }
-      if (axis.axis.dilation > 1) {
-        group[a] = static_cast<int32_t>(index % static_cast<uint32_t>(axis.groups()));
-        index /= static_cast<uint32_t>(axis.groups());
-        which[a] = axis.length_of(group[a]);
-      }
-      halo[a] = p.halos[p.tiling.halo_base[a] + which[a] * axis.ctas + cta[a]];
-    }
   }
 
   // In-group index to position on axis a.
   __device__ int32_t position(const Params& p, int a, int32_t i) const {
     return static_cast<int32_t>(p.op.axis[a].dilation) * i + group[a];
   }
-  // Index into a contiguous [B, h, *] array.
-  __device__ int64_t flat(const Params& p, const int32_t (&i)[kAxes]) const {
-    const Axis(&axis)[kAxes] = p.op.axis;
-    return (((batch * p.op.heads + head) * axis[0].length + position(p, 0, i[0])) * axis[1].length + position(p, 1, i[1])) *
-               axis[2].length +
-           position(p, 2, i[2]);
-  }
+  // Element offset of in-group indices in a view.
   __device__ int64_t offset(const Params& p, const View& view, const int32_t (&i)[kAxes]) const {
     int64_t sum = batch * view.batch + head * view.head;
 #pragma unroll
@@ -131,51 +122,45 @@ struct Box {
 // A warp's tile, in shared memory too.
 struct Tile {
   TileSpan span[kAxes];
-  int32_t klass;
-  bool exists;
 
-  Tile() = default;
-  __device__ Tile(const Params& p, const Place& place, int32_t number) { find(p, place, number); }
+  // The first lanes of the warp call it together, each for an axis of its own. `number` counts the CTA's tiles.
   __device__ void find(const Params& p, const Place& place, int32_t number) {
-    klass = 0;
-    exists = true;
-#pragma unroll
-    for (int a = kAxes - 1; a >= 0; --a) {
-      const AxisTiling& axis = p.tiling.axis[a];
-      int32_t t = place.cta[a] * axis.cta_tiles;
-      if (axis.cta_tiles > 1) {
-        t += number % axis.cta_tiles;
-        number /= axis.cta_tiles;
-      }
-      exists &= t < axis.tiles[0];
-      if (exists) span[a] = p.spans[p.tiling.span_base[a] + place.which[a] * axis.tiles[0] + t];
-      exists = exists && span[a].rows > 0;
-    }
-    if (!exists) return;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) klass = klass * p.tiling.axis[a].classes + span[a].klass;
+    const int32_t a = threadIdx.x % 32;
+    if (a >= kAxes) return;
+    uint32_t rest = static_cast<uint32_t>(number);
+    for (int32_t b = kAxes - 1; b > a; --b) rest /= static_cast<uint32_t>(p.tiling.axis[b].cta_tiles);
+    const AxisTiling& axis = p.tiling.axis[a];
+    const int32_t count = axis.cta_tiles;
+    const int32_t t = place.cta[a] * count + static_cast<int32_t>(rest % static_cast<uint32_t>(count));
+    span[a].rows = 0;
+    if (t < axis.tiles[0]) span[a] = p.spans[p.tiling.span_base[a] + place.which[a] * axis.tiles[0] + t];
+  }
+  __device__ bool exists() const { return span[0].rows > 0 && span[1].rows > 0 && span[2].rows > 0; }
+  __device__ int32_t klass(const Params& p) const {
+    const AxisTiling(&axis)[kAxes] = p.tiling.axis;
+    return (span[0].klass * axis[1].classes + span[1].klass) * axis[2].classes + span[2].klass;
   }
 
   __device__ Box columns() const {
     return Box({span[0].col_first, span[1].col_first, span[2].col_first}, span[0].cols, span[1].cols, span[2].cols);
   }
 
-  // In-group indices of row r, or of the last row there is; returns whether row r is there.
-  __device__ bool row(const Params& p, int32_t r, int32_t (&i)[kAxes]) const {
+  // Steps of row r, or of the last row there is, from the tile's first on every axis; returns whether row r is there.
+  __device__ bool row(const Params& p, int32_t r, int32_t (&step)[kAxes]) const {
     bool there = true;
 #pragma unroll
     for (int a = kAxes - 1; a >= 0; --a) {
       const int32_t log_tile = p.tiling.axis[a].log_tile;
-      const int32_t step = r & ((1 << log_tile) - 1);
+      step[a] = r & ((1 << log_tile) - 1);
       r >>= log_tile;
-      there &= step < span[a].rows;
-      i[a] = span[a].row_first + (step < span[a].rows ? step : span[a].rows - 1);
+      there &= step[a] < span[a].rows;
+      step[a] = step[a] < span[a].rows ? step[a] : span[a].rows - 1;
     }
     return there;
   }
 
   __device__ const float4* fragments(const Params& p, const Place& place) const {
-    return p.fragments + place.head * p.fragments_per_head + static_cast<int64_t>(klass) * p.tiling.pairs * kPairFloat4 +
+    return p.fragments + place.head * p.fragments_per_head + static_cast<int64_t>(klass(p)) * p.tiling.pairs * kPairFloat4 +
            threadIdx.x % 32;
   }
 };
@@ -190,7 +175,7 @@ struct CtaState {
   __device__ const Tile& find_tile(const Params& p, int32_t number) {
     Tile& own = tile[threadIdx.x / 32];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) own.find(p, place, number);
+    own.find(p, place, number);
     __syncwarp();
     return own;
   }
@@ -206,13 +191,26 @@ struct WarpState {
 
 // The two rows of a tile that a lane's accumulators belong to, lane / 4 and lane / 4 + 8.
 struct LaneRows {
-  int32_t index[2][kAxes];
+  int32_t first[kAxes];  // in-group indices of the tile's first row
+  int32_t step[2][kAxes];
   bool there[2];
 
-  __device__ LaneRows(const Params& p, const Tile& tile) {
+  __device__ LaneRows(const Params& p, const Tile& tile)
+      : first{tile.span[0].row_first, tile.span[1].row_first, tile.span[2].row_first} {
     const int32_t g = threadIdx.x % 32 / 4;
-    there[0] = tile.row(p, g, index[0]);
-    there[1] = tile.row(p, g + 8, index[1]);
+    there[0] = tile.row(p, g, step[0]);
+    there[1] = tile.row(p, g + 8, step[1]);
+  }
+
+  // Element offset of the tile's first row in a view, and of a lane's row from there; the latter fits 32 bits (serves()).
+  __device__ int64_t base(const Params& p, const Place& place, const View& view) const { return place.offset(p, view, first); }
+  __device__ int32_t offset(const Params& p, const View& view, int half) const {
+    int32_t sum = 0;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      sum += step[half][a] * (static_cast<int32_t>(p.op.axis[a].dilation) * static_cast<int32_t>(view.space[a]));
+    }
+    return sum;
   }
 };
 
@@ -322,7 +320,7 @@ struct Columns {
   static __device__ int32_t transposed_column(int32_t lane) { return lane % 16; }
 
   __device__ Columns(const Params& p, const Place& place, const Tile& tile)
-      : table(p.columns + static_cast<int64_t>(tile.klass) * p.tiling.pairs * 32 + threadIdx.x % 32),
+      : table(p.columns + static_cast<int64_t>(tile.klass(p)) * p.tiling.pairs * 32 + threadIdx.x % 32),
         base(p.tiling.streamed ? 0
                                : (tile.span[0].col_first - place.halo[0].first) * p.tiling.plane +
                                      (tile.span[1].col_first - place.halo[1].first) * p.tiling.pitch + tile.span[2].col_first -
@@ -387,10 +385,10 @@ __device__ __forceinline__ void start_from(float (&s)[2][4], const float4* fragm
 template <class T, int kDim>
 __device__ void load_rows(uint32_t (&a)[kDim / 16][4], const Params& p, const Place& place, const LaneRows& rows,
                           const View& view, int64_t channels) {
-  const int32_t t = threadIdx.x % 4;
+  const T* first = static_cast<const T*>(view.data) + rows.base(p, place, view) + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const T* row = static_cast<const T*>(view.data) + place.offset(p, view, rows.index[half]) + 2 * t;
+    const T* row = first + rows.offset(p, view, half);
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       a[k][half] = 16 * k < channels ? ptx::load_4(row + 16 * k) : 0;
@@ -406,9 +404,10 @@ __device__ void store_rows(const float (&o)[kDim / 8][4], const float (&factor)[
                            const LaneRows& rows, const View& view, int64_t channels) {
   const int32_t t = threadIdx.x % 4;
   const bool odd = t % 2;
+  T* first = static_cast<T*>(view.data) + rows.base(p, place, view);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* row = static_cast<T*>(view.data) + place.offset(p, view, rows.index[half]);
+    T* row = first + rows.offset(p, view, half);
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       const uint32_t lower = ptx::pack<T>(o[2 * k][2 * half] * factor[half], o[2 * k][2 * half + 1] * factor[half]);
@@ -440,9 +439,12 @@ __device__ bool any_bad(const float (&o)[kCount][4], const LaneRows& rows) {
 template <class Redo>
 __device__ void redo_rows(const Params& p, const Place& place, const Tile& tile, Redo redo) {
   for (int32_t r = 0; r < kTileRows; ++r) {
-    int32_t i[kAxes];
-    if (!tile.row(p, r, i)) continue;
-    redo(Row{place.batch, place.head, {place.position(p, 0, i[0]), place.position(p, 1, i[1]), place.position(p, 2, i[2])}});
+    int32_t step[kAxes];
+    if (!tile.row(p, r, step)) continue;
+    redo(Row{place.batch,
+             place.head,
+             {place.position(p, 0, tile.span[0].row_first + step[0]), place.position(p, 1, tile.span[1].row_first + step[1]),
+              place.position(p, 2, tile.span[2].row_first + step[2])}});
   }
 }
 

@@ -103,7 +103,7 @@ __device__ bool forward_tile(const Params& p, const Place& place, const Tile& ti
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (threadIdx.x % 4 == 0 && rows.there[half]) {
-      float* lse = static_cast<float*>(p.op.lse.data) + place.offset(p, p.op.lse, rows.index[half]);
+      float* lse = static_cast<float*>(p.op.lse.data) + rows.base(p, place, p.op.lse) + rows.offset(p, p.op.lse, half);
       *lse = kLn2 * (peak[half] * scale + ptx::log2_approx(total[half]));
     }
   }
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? 3
   CtaState& state = *shared_memory<CtaState>();
   Place& place = state.place;
   unsigned char* shared = reinterpret_cast<unsigned char*>(&state + 1);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 32) {
     const uint32_t map = blockIdx.x / static_cast<uint32_t>(p.tiling.ctas);  // batch * heads + head
     place.find(p, map / static_cast<uint32_t>(p.op.heads), map % static_cast<uint32_t>(p.op.heads),
                blockIdx.x % static_cast<uint32_t>(p.tiling.ctas));
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? 3
   if (threadIdx.x % 32 == 0) bad = 0;
   for (int32_t number = threadIdx.x / 32; number < p.tiling.cta_tiles; number += p.tiling.warps) {
     const Tile& tile = state.find_tile(p, number);
-    if (tile.exists && !forward_tile<T, kDim>(p, place, tile, shared) && threadIdx.x % 32 == 0) bad |= 1u << number;
+    if (tile.exists() && !forward_tile<T, kDim>(p, place, tile, shared) && threadIdx.x % 32 == 0) bad |= 1u << number;
   }
   __syncwarp();
   for (uint32_t left = bad; left != 0; left &= left - 1) redo_forward<T>(p, state, __ffs(left) - 1);

@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_stats(const Params& p, const Place& place, 
        j += 32) {
     int32_t i[kAxes];
     box.unravel(j < box.count ? j : box.count - 1, i);
-    const int64_t at = place.flat(p, i);
+    const int64_t at = place.offset(p, p.stats, i);
     stats[j - begin] = {p.lse[at], p.delta[at]};
   }
   __syncwarp();
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
   Place& place = state.place;
   float2* stats = reinterpret_cast<float2*>(&state + 1);  // [warps, kChunkColumns]
   unsigned char* shared = reinterpret_cast<unsigned char*>(stats + p.tiling.warps * kChunkColumns);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 32) {
     const uint32_t map = blockIdx.x / static_cast<uint32_t>(p.tiling.ctas);  // batch * heads + head
     place.find(p, map / static_cast<uint32_t>(p.op.heads), map % static_cast<uint32_t>(p.op.heads),
                blockIdx.x % static_cast<uint32_t>(p.tiling.ctas));
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
   if (threadIdx.x % 32 == 0) bad = 0;
   for (int32_t number = threadIdx.x / 32; number < p.tiling.cta_tiles; number += p.tiling.warps) {
     const Tile& tile = state.find_tile(p, number);
-    if (!tile.exists) continue;
+    if (!tile.exists()) continue;
     float2* const own = stats + threadIdx.x / 32 * kChunkColumns;
     bool good;
     if constexpr (kDim <= 64) {

@@ -27,12 +27,13 @@ __device__ __attribute__((noinline)) static void gather_table(const Params& p, c
     const int32_t e[kAxes] = {line / extent[1], line % extent[1], entry % extent[2]};
     float sum = 0.0f;
     for (int32_t r = 0; r < kTileRows; ++r) {
-      int32_t row[kAxes];
-      bool seen = tile.row(p, r, row);
+      int32_t step[kAxes];
+      bool seen = tile.row(p, r, step);
       int32_t j = 0;
 #pragma unroll
       for (int a = 0; a < kAxes; ++a) {
-        const int32_t column = row[a] + e[a] - static_cast<int32_t>(axis[a].kernel_size - 1) - tile.span[a].col_first;
+        const int32_t column =
+            tile.span[a].row_first + step[a] + e[a] - static_cast<int32_t>(axis[a].kernel_size - 1) - tile.span[a].col_first;
         seen &= 0 <= column && column < tile.span[a].cols;
         j = j * tile.span[a].cols + column;
       }
@@ -51,10 +52,12 @@ __device__ __forceinline__ void find_place(const Params& p, Place& place, int32_
 template <class T>
 __device__ __attribute__((noinline)) void redo_query(const Params& p, WarpState& state, int32_t item) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) find_place(p, state.place, state.head, item);
+  find_place(p, state.place, state.head, item);
   __syncwarp();
-  const Tile tile(p, state.place, threadIdx.x / 32);
-  if (!tile.exists) return;
+  Tile& tile = state.tile;
+  tile.find(p, state.place, threadIdx.x / 32);
+  __syncwarp();
+  if (!tile.exists()) return;
   redo_rows(p, state.place, tile, [&](const Row& row) {
     float* delta = p.delta + (row.batch * p.op.heads + row.head) * positions_of(p.op) + flat_position(p.op, row.position);
     backward_query_row<T, kVector<T>>(p.op, row, delta, nullptr);
@@ -120,11 +123,13 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
     for (int half = 0; half < 2; ++half) {
       delta[half] = quad_sum(delta[half]);
       if (p.op.dlse.data) {
-        delta[half] -= static_cast<const float*>(p.op.dlse.data)[place.offset(p, p.op.dlse, rows.index[half])];
+        delta[half] -=
+            static_cast<const float*>(p.op.dlse.data)[rows.base(p, place, p.op.dlse) + rows.offset(p, p.op.dlse, half)];
       }
-      lse[half] = static_cast<const float*>(p.op.lse.data)[place.offset(p, p.op.lse, rows.index[half])] * kLog2E;
+      lse[half] =
+          static_cast<const float*>(p.op.lse.data)[rows.base(p, place, p.op.lse) + rows.offset(p, p.op.lse, half)] * kLog2E;
       if (threadIdx.x % 4 == 0 && rows.there[half]) {
-        const int64_t at = place.flat(p, rows.index[half]);
+        const int64_t at = rows.base(p, place, p.stats) + rows.offset(p, p.stats, half);
         p.lse[at] = lse[half];
         p.delta[at] = delta[half];
       }
@@ -240,13 +245,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
     const int32_t batch = item % static_cast<int32_t>(p.op.batch);
     const bool moves = first || batch == 0;  // to another CTA tile
     __syncthreads();                         // everyone is done with the item before
-    if (threadIdx.x == 0) {
-      if (moves) find_place(p, place, state.head, item);
-      place.batch = batch;
-    }
+    if (threadIdx.x < 32 && moves) find_place(p, place, state.head, item);
+    if (threadIdx.x == 0 && !moves) place.batch = batch;
     __syncthreads();
     const Tile& tile = moves ? cta.find_tile(p, threadIdx.x / 32) : cta.tile[threadIdx.x / 32];
-    return tile.exists ? tile.klass : -1;
+    return tile.exists() ? tile.klass(p) : -1;
   };
   int32_t next = enter(item, true);  // class of the warp's tile, -1: it has none
   while (item < state.end) {

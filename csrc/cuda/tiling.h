@@ -20,7 +20,7 @@ inline constexpr int kMaxWarps = 4;      // of a CTA
 inline constexpr int kMaxCtaTiles = 16;  // warp tiles that share one halo
 
 // A warp tile on one axis, in in-group indices.
-struct TileSpan {
+struct alignas(16) TileSpan {
   int32_t row_first, rows;  // rows == 0: no such tile in this group
   int32_t col_first, cols;
   int32_t klass;
