@@ -178,6 +178,9 @@ bool tiles_are_compact(const LocalAttentionParams& params) {
 bool serves(const LocalAttentionParams& params) {
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
   if (params.head_dim < 8 || params.value_dim < 8 || max_of(params.head_dim, params.value_dim) > kMostDim) return false;
+  int64_t largest = max_of(params.batch, params.heads);
+  for (const Axis& axis : params.axis) largest = max_of(largest, max_of(axis.length, axis.dilation));
+  if (largest >= int64_t{1} << 31) return false;
   if (!(kLeastScale <= params.scale && params.scale <= kMostScale)) return false;
   return tiles_are_compact(params) && can_load_vectors<__half>(params);  // of either 16-bit type
 }
