@@ -41,8 +41,9 @@ help:
 demo: build $(STAMPS)/demo
 	$(PY) -m examples.digits
 
-test: lint cpp-test build emulator-test $(STAMPS)/test
+test: lint cpp-test build $(STAMPS)/test
 	$(PY) -m pytest -n 2
+	$(EMULATED_PYTEST)
 
 bench: build $(STAMPS)/demo
 	$(PY) -m benchmarks
@@ -62,10 +63,12 @@ format: $(STAMPS)/test
 CMAKE := $(VENV)/bin/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release
 
-cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
-	torch=$$($(PY) -c 'import torch; print(torch.__path__[0])'); \
+CONFIGURE = torch=$$($(PY) -c 'import torch; print(torch.__path__[0])'); \
 	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_EMULATOR=ON -DNATRPB_TORCH="$$torch" \
 	         -DNATRPB_CUDA_INCLUDE=$(CUDA_TO_TEST)/include
+
+cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
+	$(CONFIGURE)
 	$(CMAKE) --build build/cmake
 	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure -j 2
 	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_SANITIZE=address,undefined
@@ -73,16 +76,19 @@ cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
 	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure
 
 # The ops on the emulated CUDA kernels.
-EMULATED_TESTS := $(addprefix tests/test_,$(addsuffix .py,local_attention local_attention_gradients unfused window determinism fuzz))
+EMULATED_TESTS := local_attention local_attention_gradients unfused window determinism fuzz binding
+EMULATED_PYTEST := $(PY) -m pytest -n 2 --emulator build/cmake/_C_emulator.so $(EMULATED_TESTS:%=tests/test_%.py)
 
-emulator-test: cpp-test build
-	$(PY) -m pytest -n 2 --emulator build/cmake/_C_emulator.so $(EMULATED_TESTS)
+emulator-test: build $(STAMPS)/test $(TOOLKIT_STAMP)
+	$(CONFIGURE)
+	$(CMAKE) --build build/cmake --target natrpb_emulated_ops
+	$(EMULATED_PYTEST)
 
 # The CUDA kernels for every architecture, and no spill.
-test cuda-check emulator-test: export NATRPB_CUDA := 1
-test cuda-check emulator-test: export CUDA_HOME := $(CUDA_TO_TEST)
-test cuda-check emulator-test: export TORCH_CUDA_ARCH_LIST := $(CUDA_ARCHITECTURES)
-test cuda-check emulator-test: export NVCC_APPEND_FLAGS := -Xptxas=-warn-spills,-Werror
+test cuda-check: export NATRPB_CUDA := 1
+test cuda-check: export CUDA_HOME := $(CUDA_TO_TEST)
+test cuda-check: export TORCH_CUDA_ARCH_LIST := $(CUDA_ARCHITECTURES)
+test cuda-check: export NVCC_APPEND_FLAGS := -Xptxas=-warn-spills,-Werror
 
 cuda-check: build $(STAMPS)/test
 	$(PY) -m pytest tests/test_cuda_build.py
@@ -135,7 +141,7 @@ $(STAMPS)/build-spec: $(STAMPS)/venv FORCE
 	@spec="$$CUDA_HOME $$CUDA_PATH $(CUDA_TOOLKIT) $$NATRPB_CUDA $$TORCH_CUDA_ARCH_LIST $$NATRPB_BUILD $$NATRPB_DEBUG"; \
 	echo "$$spec" | cmp -s - $@ || echo "$$spec" > $@
 
-$(STAMPS)/build: $(STAMPS)/requirements $(STAMPS)/build-spec $(if $(filter test cuda-check emulator-test,$(MAKECMDGOALS)),$(TOOLKIT_STAMP))
+$(STAMPS)/build: $(STAMPS)/requirements $(STAMPS)/build-spec $(if $(filter test cuda-check,$(MAKECMDGOALS)),$(TOOLKIT_STAMP))
 $(STAMPS)/build: setup.py pyproject.toml natrpb/__init__.py csrc/sources.txt $(NATIVE_FILES)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@

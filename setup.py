@@ -54,7 +54,7 @@ def extension(name: str, groups: tuple[str, ...], **options) -> Extension:
         language="c++",
         extra_compile_args={
             "cxx": ["-std=c++17", *sources("flag"), *optimise],
-            "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *options.pop("nvcc", ())],
+            "nvcc": ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden", *options.pop("nvcc", ())],
         },
         extra_link_args=[*options.pop("link", ()), *([] if debug else ["-Wl,--strip-all"])],
         **options,

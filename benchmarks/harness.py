@@ -43,11 +43,15 @@ class Contender:
         name: as it stands in the table.
         build: returns the function to time, called with the packed inputs by name; may raise `Unavailable`.
         layout: the form of its tensors.
+        without: inputs that it does not take; it computes, and is checked for, the same function without them.
+        wrap: makes what is checked and timed of its `Runner`.
     """
 
     name: str
     build: Callable[[], Callable[..., Tensor]]
     layout: Layout = AS_IS
+    without: tuple[str, ...] = ()
+    wrap: Callable[[Runner], Runner] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class Problem:
         bytes: what must be read and written at least.
         tolerance: largest relative error allowed.
         attention_share: the part of our time that is spent in the library's ops; None where it is nothing else.
+        backward_alone: time the gradients without the forward pass that comes before them (on GPUs only).
+        exposed: time calls back to back, with the time that it takes to launch them (on GPUs only).
+        items: images of a batch; None where throughput says nothing.
     """
 
     tensors: Tensors
@@ -73,6 +80,9 @@ class Problem:
     bytes: int
     tolerance: float
     attention_share: Callable[[Callable[[], object]], float] | None = None
+    backward_alone: bool = False
+    exposed: bool = False
+    items: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Workload:
     make: Callable[[], Problem]
     sweep: str | None = None  # the quantity that a scaling plot varies
     x: float | None = None  # its value here
+    goals: Mapping[str, float] = field(default_factory=dict)  # what is to be reached here, see `benchmarks.gpu_report`
 
 
 @dataclass
@@ -101,6 +112,10 @@ class Line:
     absent: dict[str, str] = field(default_factory=dict)  # peers that did not, and why
     refused: str | None = None  # why nothing is reported
     attention_share: float | None = None
+    items: int | None = None  # images of a batch
+    result_bytes: int = 0  # of our output and gradients
+    goals: dict[str, float] = field(default_factory=dict)
+    state: dict[str, float] = field(default_factory=dict)  # of the GPU while it was timed: clocks, temperature, power
 
     @property
     def ours(self) -> Timing:
@@ -122,9 +137,13 @@ class Runner:
     """A contender with its own copy of the inputs; calling it computes the result, and the gradients if there is a dout."""
 
     def __init__(self, contender: Contender, problem: Problem) -> None:
-        self.function = contender.build()
+        given = {name: x for name, x in problem.tensors.items() if name not in contender.without}
+        if problem.dout is not None:
+            given["dout"] = problem.dout
+        with next(iter(given.values())).device:
+            self.function = contender.build()
         self.layout = contender.layout
-        given = problem.tensors if problem.dout is None else {**problem.tensors, "dout": problem.dout}
+        self.backward_alone = problem.backward_alone
         packed = self.layout.pack(given)
         self.dout = packed.pop("dout", None)
         self.leaves = {name: tensor.detach().requires_grad_(self.dout is not None) for name, tensor in packed.items()}
@@ -136,6 +155,13 @@ class Runner:
         out = self.function(**self.leaves)
         gradients = torch.autograd.grad(out, list(self.leaves.values()), self.dout)
         return {"out": out.detach(), **dict(zip(self.leaves, gradients))}
+
+    def prepare(self) -> Callable[[], object]:
+        """What is to be timed; where that is the gradients alone, the forward pass has then been done."""
+        if not self.backward_alone:
+            return self
+        out, leaves = self.function(**self.leaves), list(self.leaves.values())
+        return lambda: torch.autograd.grad(out, leaves, self.dout)
 
     def error(self, exact: Tensors) -> float:
         """The largest error of any result, relative to the largest value of the same tensor; inf for NaN."""
@@ -153,9 +179,9 @@ def relative_error(given: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def exact_results(problem: Problem) -> Tensors:
-    """The fp64 answer for the problem's (already rounded) inputs."""
-    tensors = {name: tensor.double() for name, tensor in problem.tensors.items()}
+def exact_results(problem: Problem, without: tuple[str, ...] = ()) -> Tensors:
+    """The fp64 answer for the problem's (already rounded) inputs, or for those of them that are not left out."""
+    tensors = {name: tensor.double() for name, tensor in problem.tensors.items() if name not in without}
     return problem.exact(tensors, None if problem.dout is None else problem.dout.double())
 
 
@@ -181,18 +207,25 @@ def measure(
     problem: Problem,
     exact: Mapping[str, Tensor],
     timer: Callable[..., dict[str, Timing]] = interleave,
+    memory: Callable[[Runner], int | None] = peak_memory,
 ) -> Line:
     """Checks every contender against the exact results, then times those that passed.
 
     Ours failing its check refuses the whole line; a peer that fails, or cannot run, is listed with the reason.
     """
     line = Line(workload.name, workload.group, threads, problem.flops, problem.bytes, workload.sweep, workload.x)
+    line.goals, line.items = dict(workload.goals), problem.items
     torch.set_num_threads(threads)
+    answers = {(): exact}
     runners: dict[str, Runner] = {}
     for contender in problem.contenders:
         try:
+            if contender.without not in answers:
+                answers[contender.without] = exact_results(problem, contender.without)
             runner = Runner(contender, problem)
-            error = runner.error(exact)
+            if contender.wrap:
+                runner = contender.wrap(runner)
+            error = runner.error(answers[contender.without])
         except Unavailable as reason:
             verdict = str(reason)
         except Exception as failure:  # whatever stops a peer is news about the peer, not the end of the run
@@ -206,7 +239,8 @@ def measure(
             line.refused = verdict
             return line
         line.absent[contender.name] = verdict
-    peaks = {name: peak_memory(runner) for name, runner in runners.items()}
+    line.result_bytes = sum(x.numel() * x.element_size() for x in runners[OURS]().values())
+    peaks = {name: memory(runner) for name, runner in runners.items()}
     line.timings = timer(runners, budget, peaks)
     if problem.attention_share is not None:
         line.attention_share = problem.attention_share(runners[OURS])

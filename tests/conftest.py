@@ -1,4 +1,5 @@
-"""Settings and fixtures of all tests: one torch thread per pytest worker, reproducible draws, poisoned memory, the emulator."""
+"""Settings and fixtures of all tests: one torch thread per pytest worker, reproducible draws, poisoned memory, and where the
+ops run: the CPU kernels, the emulator, or a GPU."""
 
 from __future__ import annotations
 
@@ -29,20 +30,46 @@ def pytest_addoption(parser):
         metavar="LIBRARY",
         help="run the ops on the CUDA kernels compiled for the CPU (_C_emulator.so); skips what costs too much there",
     )
+    parser.addoption("--device", help="where tests draw their tensors, as in cuda; refused where no kernels serve it")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "not_emulated(reason): skipped where the ops run on the emulated CUDA kernels")
+    config.addinivalue_line("markers", "not_on_cuda(reason): skipped where --device puts the tensors on a GPU")
     if config.getoption("--emulator"):
         library = Path(config.getoption("--emulator")).resolve(strict=True)
         os.environ["NATRPB_LIBRARY"] = str(library)  # read when natrpb is imported
+    if config.getoption("--device"):
+        _draw_tensors_on(torch.device(config.getoption("--device")))
+
+
+def _draw_tensors_on(device: torch.device) -> None:
+    """Makes `device` the one that tensors are made on where a test names none."""
+    if device.type == "cuda":
+        # NB: torch's deterministic mode, which poisons memory, refuses cuBLAS without this.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        import natrpb
+
+        if reason := natrpb.info()["cuda"]["reason"]:
+            raise pytest.UsageError(f"--device {device}: {reason}")
+    torch.set_default_device(device)
 
 
 def pytest_report_header(config):
-    return f"ops: {os.environ['NATRPB_LIBRARY']}" if "NATRPB_LIBRARY" in os.environ else None
+    lines = []
+    if "NATRPB_LIBRARY" in os.environ:
+        lines.append(f"ops: {os.environ['NATRPB_LIBRARY']}")
+    if config.getoption("--device"):
+        device = torch.get_default_device()
+        lines.append(f"tensors on {device}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
+    return lines
 
 
 def pytest_collection_modifyitems(config, items):
+    if torch.get_default_device().type == "cuda":
+        for item in items:
+            for marker in item.iter_markers("not_on_cuda"):
+                item.add_marker(pytest.mark.skip(reason=f"not on a GPU: {marker.args[0]}"))
     if not config.getoption("--emulator"):
         return
     for item in items:

@@ -1,6 +1,6 @@
 """What nvcc made of the CUDA kernels, read from the library that ships: registers, memory and instructions of every kernel.
 
-    python -m tests.cuda_report [LIBRARY]      a table in Markdown
+python -m tests.cuda_report [LIBRARY]      a table in Markdown
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def demangled(names: list[str]) -> list[str]:
     if shutil.which("c++filt") is None:
         return names
     output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"^void |\((?!anonymous).*$", "", line).replace("(anonymous namespace)::", "") for line in output.splitlines()]
+    return [
+        re.sub(r"^void |\((?!anonymous).*$", "", line).replace("(anonymous namespace)::", "") for line in output.splitlines()
+    ]
 
 
 def kernels(library: Path = LIBRARY, instructions_of: tuple[str, ...] = ()) -> list[Kernel]:
@@ -109,7 +111,9 @@ def main() -> None:
     print(f"| kernel | {' | '.join(architectures)} |")
     print(f"|---|{'---|' * len(architectures)}")
     for name, row in sorted(table.items()):
-        cells = (f"{kernel.registers}{f' ({kernel.stack} B)' if kernel.stack else ''}" for kernel in map(row.get, architectures))
+        cells = (
+            f"{kernel.registers}{f' ({kernel.stack} B)' if kernel.stack else ''}" for kernel in map(row.get, architectures)
+        )
         print(f"| `{name.removeprefix('natrpb::cuda::')}` | {' | '.join(cells)} |")
 
 

@@ -36,6 +36,11 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     )
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What rounding may change, absolute and relative, where kernels may choose among their paths by the values they meet."""
+    return 1e-6 if dtype.itemsize > 2 else 4 * torch.finfo(dtype).eps
+
+
 def at_most_twice_the_error(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     """Asserts that `ours` errs at most twice as much as the plain PyTorch expression of the same dtype.
 

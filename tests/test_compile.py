@@ -282,7 +282,7 @@ def test_forward_mode_equals_the_reference(case):
 def test_autocast_equals_casting_by_hand(dtype):
     inputs = Case((6, 7), 3).inputs(torch.float32, requires_grad=True)
     by_hand = inputs.cast(torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(inputs.query.device.type, dtype):
         out, lse = natrpb.na2d(*inputs[:3], 3, rpb=inputs.rpb, return_lse=True)
     cast = [x.to(dtype) for x in by_hand[:3]]
     expected, expected_lse = natrpb.na2d(*cast, 3, rpb=by_hand.rpb, return_lse=True)
@@ -298,7 +298,7 @@ def test_autocast_equals_casting_by_hand(dtype):
 
 def test_autocast_joins_mixed_dtypes():
     query, key, value, rpb, *_ = Case((6, 7), 3).inputs(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(query.device.type, torch.bfloat16):
         out = natrpb.na2d(query.bfloat16(), key, value.half(), 3, rpb=rpb)
     assert out.dtype == torch.bfloat16
 
@@ -306,7 +306,7 @@ def test_autocast_joins_mixed_dtypes():
 def test_autocast_of_the_unfused_ops():
     inputs = Case((6, 7), 3).inputs(torch.float32)
     query, key, value = (x.movedim(-2, 1) for x in inputs[:3])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(query.device.type, torch.bfloat16):
         scores = natrpb.na2d_qk(query, key, 3, rpb=inputs.rpb)
         out = natrpb.na2d_av(scores.softmax(-1), value, 3)
     assert scores.dtype == out.dtype == torch.bfloat16
@@ -315,7 +315,7 @@ def test_autocast_of_the_unfused_ops():
 
 def test_autocast_leaves_float64_alone():
     inputs = Case((6, 7), 3).inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(inputs.query.device.type, torch.bfloat16):
         out = natrpb.na2d(*inputs[:3], 3, rpb=inputs.rpb)
     assert out.dtype == torch.float64
     close(out, natrpb.na2d(*inputs[:3], 3, rpb=inputs.rpb), 0.0)

@@ -55,6 +55,8 @@ def bits(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     return results
 
 
+@pytest.mark.not_emulated("the emulator runs on one thread")
+@pytest.mark.not_on_cuda("the GPU's threads are not torch's")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_number_of_threads_does_not_change_a_bit(case, dtype, threads):
@@ -86,9 +88,14 @@ def test_samples_of_a_batch_do_not_depend_on_each_other():
 def test_deterministic_mode_of_torch_is_accepted():
     torch.use_deterministic_algorithms(True)
     try:
-        bits(LARGER[0], torch.float32)
+        bits(SOME[0], torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def cpu_only(test):
+    reason = "instruction sets are the CPU kernels'"
+    return pytest.mark.not_emulated(reason)(pytest.mark.not_on_cuda(reason)(test))
 
 
 INSTRUCTION_SETS = natrpb.info()["isa_available"] if COMPILED else []
@@ -114,6 +121,7 @@ def save_results(path: str) -> None:
     torch.save([bits(case, dtype) for dtype in TOLERANCE for case in EVERY_OTHER], path)
 
 
+@cpu_only
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_path):
     """Up to rounding, and relative to the largest entry."""
@@ -132,11 +140,13 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_p
                     assert error <= tolerance, f"{case} {dtype}: {error:.1e}"
 
 
+@cpu_only
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_instruction_set_is_chosen_by_the_environment(isa):
     assert run(isa, "import natrpb; print(natrpb.info()['isa'])") == isa
 
 
+@cpu_only
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="natrpb was built without its compiled ops")
 def test_unknown_instruction_set_in_the_environment_is_passed_over():
     assert run("no-such-set", "import natrpb; print(natrpb.info()['isa'])") in INSTRUCTION_SETS

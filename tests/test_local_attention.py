@@ -15,7 +15,7 @@ from natrpb.patterns import neighborhood_pattern, window_pattern
 from . import bruteforce
 from .cases import CASES, SMALL, Case, Inputs
 from .layouts import LAYOUTS
-from .support import CASES_BY_DTYPE, DTYPES, at_most_twice_the_error, close, dtype_id
+from .support import CASES_BY_DTYPE, DTYPES, at_most_twice_the_error, close, dtype_id, rounding
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -80,7 +80,7 @@ def test_keys_outside_the_neighborhood_are_not_read(case, dtype):
         unseen = ~mask[query]
         key, value = (poison(x, unseen) for x in (inputs.key, inputs.value))
         for ours, expected in zip(ops.local_attention(inputs.query, key, value, *inputs[3:]), clean):
-            close(ours.flatten(1, case.ndim)[:, query], expected.flatten(1, case.ndim)[:, query], 1e-6)
+            close(ours.flatten(1, case.ndim)[:, query], expected.flatten(1, case.ndim)[:, query], rounding(dtype))
 
 
 def poison(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from natrpb.patterns import CAUSAL
 from . import bruteforce
 from .cases import SMALL, Case, Inputs
 from .layouts import LAYOUTS
-from .support import CASES_BY_DTYPE, DTYPES, at_most_twice_the_error, close, dtype_id
+from .support import CASES_BY_DTYPE, DTYPES, at_most_twice_the_error, close, dtype_id, rounding
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -212,7 +212,7 @@ def test_keys_outside_the_neighborhood_do_not_reach_the_query_gradient(case, dty
             for x in (inputs.key, inputs.value):
                 poison_(x, ~mask[query])
         dquery = gradients(ops.local_attention, inputs, dout, dlse)[0]
-        close(dquery.flatten(1, case.ndim)[:, query], expected[:, query], 1e-6)
+        close(dquery.flatten(1, case.ndim)[:, query], expected[:, query], rounding(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
@@ -229,7 +229,7 @@ def test_queries_that_do_not_see_a_key_do_not_reach_its_gradient(case, dtype):
                 poison_(x, ~mask[:, key])
         ours = gradients(ops.local_attention, inputs, poisoned_dout, poisoned_dlse)[1:3]
         for one, other in zip(ours, expected):
-            close(one.flatten(1, case.ndim)[:, key], other[:, key], 1e-6)
+            close(one.flatten(1, case.ndim)[:, key], other[:, key], rounding(dtype))
 
 
 def poison_(x: torch.Tensor, positions: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from natrpb import ops
 from .cases import NAT_STAGES, Case
 from .support import needs_compiled
 
-pytestmark = needs_compiled
+pytestmark = [needs_compiled, pytest.mark.not_on_cuda("counts the CPU's memory; test_cuda.py counts the GPU's")]
 
 # Every tensor of these calls is smaller than a single [B, h, *, T] of weights would be.
 CASES = [

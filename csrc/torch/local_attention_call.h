@@ -63,7 +63,9 @@ struct LocalAttentionCall {
     std::string wanted;
     for (int64_t n : expected) wanted += (wanted.empty() ? "" : ", ") + std::to_string(n);
     STD_TORCH_CHECK(has_shape(t, expected), name, " must have shape [", wanted, "], got ", shape_of(t));
-    STD_TORCH_CHECK(dtype_of(name, t) == dtype, name, " has the wrong dtype");
+    const DType got = dtype_of(name, t);
+    STD_TORCH_CHECK(got == dtype, name, " must be ", name_of(dtype), " for a ", name_of(params.dtype), " call, got ",
+                    name_of(got));
   }
 
   View view(const Tensor& t) const {

@@ -44,6 +44,11 @@ inline DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
+inline const char* name_of(DType dtype) {
+  constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
 // Scores, lse, bias tables and sums: fp32, fp64 for fp64.
 inline DType wide(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 inline ScalarType wide_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }

@@ -37,7 +37,6 @@ void answer(void* const (&operands)[kWarpSize], uint32_t mask, uint32_t result) 
 const Collective kShuffle{"__shfl_sync", shuffle_all};
 const Collective kShuffleXor{"__shfl_xor_sync", shuffle_all};
 const Collective kShuffleDown{"__shfl_down_sync", shuffle_all};
-const Collective kShuffleUp{"__shfl_up_sync", shuffle_all};
 const Collective kBallot{
     "__ballot_sync", [](void* const (&operands)[kWarpSize], uint32_t mask) { answer(operands, mask, ballot(operands, mask)); }};
 const Collective kAny{"__any_sync", [](void* const (&operands)[kWarpSize], uint32_t mask) {

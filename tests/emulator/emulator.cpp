@@ -211,6 +211,7 @@ void fiber_main() {
 
 void start_block(const LaunchShape& shape, int64_t block_index) {
   block.arrived = block.exited = 0;
+  block.unfinished_copies.assign(shape.shared_bytes / 16, 0);
   // ThreadSanitizer sees no races within a fiber: let equal threads of different blocks be different fibers.
   const int64_t rotation = kThreadSanitizer ? block_index * 33 : 0;
   for (size_t w = 0; w < block.warps.size(); ++w) {
@@ -341,6 +342,20 @@ void check_shared(const void* address, int bytes, const char* operation, Site si
          site);
   }
   check_aligned(address, bytes, operation, site);
+}
+
+void check_readable(const void* address, int bytes, const char* operation, Site site) {
+  check_shared(address, bytes, operation, site);
+  if (block.copies_to(address) == 0) return;
+  std::string threads;
+  for (const Warp& warp : block.warps) {
+    for (const Thread* thread : warp.threads) {
+      for (size_t i = thread ? thread->first_copy : 0; thread && i < thread->copies.size(); ++i) {
+        if (thread->copies[i].shared == address) threads += " " + std::to_string(thread->index.x);
+      }
+    }
+  }
+  fail(std::string(operation) + ": reads what a cp.async still writes, which was not waited for by thread" + threads, site);
 }
 
 void rendezvous(const Collective& collective, uint32_t mask, void* operands, Site site) {

@@ -8,7 +8,8 @@
 //     neither exited lanes nor lanes beyond the block, and all must stand at the same line of source, as at __syncthreads;
 //   * dynamic shared memory: exactly the requested bytes, filled with 0xff (NaN) for every block, on the heap, so that
 //     AddressSanitizer sees overruns;
-//   * cp.async: the destination holds NaN from the issue until the thread waits for the copy's group;
+//   * cp.async: the destination holds NaN from the issue until the thread waits for the copy's group, and neither ldmatrix nor
+//     load_shared_16 may read it before;
 //   * alignment of 16-byte accesses, ldmatrix and cp.async, and that their shared addresses are shared memory;
 //   * fragment layouts of ldmatrix and mma as the PTX ISA states them; mma adds exact products in fp32, k ascending;
 //   * bank conflicts of ldmatrix and ptx::load_shared_16, counted per kernel (see counters());
@@ -81,6 +82,8 @@ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarpSize); }
 [[noreturn]] void fail_shuffle(const Collective& collective, const char* what, int64_t value, Site site);
 void check_aligned(const void* address, int bytes, const char* operation, Site site);
 void check_shared(const void* address, int bytes, const char* operation, Site site);
+// Also that no thread's cp.async is still writing there.
+void check_readable(const void* address, int bytes, const char* operation, Site site);
 
 struct LaunchShape {
   const void* kernel;
@@ -109,7 +112,7 @@ struct Shuffle {
   uint64_t value;
   int source;
 };
-extern const Collective kShuffle, kShuffleXor, kShuffleDown, kShuffleUp, kBallot, kAny, kAll, kSyncwarp;
+extern const Collective kShuffle, kShuffleXor, kShuffleDown, kBallot, kAny, kAll, kSyncwarp;
 
 template <class T>
 T shuffle(const Collective& collective, uint32_t mask, T value, int source, int width, Site site) {
@@ -176,17 +179,6 @@ T __shfl_down_sync(uint32_t mask, T value, uint32_t delta, int width = natrpb::e
   return emulator::shuffle(emulator::kShuffleDown, mask, value, inside ? static_cast<int>(source) : lane, width, site);
 }
 
-// The first `delta` lanes of a segment keep their own value, as on the device.
-template <class T>
-T __shfl_up_sync(uint32_t mask, T value, uint32_t delta, int width = natrpb::emulator::kWarpSize,
-                 natrpb::emulator::Site site = {__builtin_FILE(), __builtin_LINE()}) {
-  namespace emulator = natrpb::emulator;
-  const int lane = emulator::lane_index();
-  const int64_t source = int64_t{lane} - delta;
-  const bool inside = source >= (lane & ~(width - 1));
-  return emulator::shuffle(emulator::kShuffleUp, mask, value, inside ? static_cast<int>(source) : lane, width, site);
-}
-
 inline uint32_t __ballot_sync(uint32_t mask, int predicate,
                               natrpb::emulator::Site site = {__builtin_FILE(), __builtin_LINE()}) {
   return natrpb::emulator::vote(natrpb::emulator::kBallot, mask, predicate != 0, site);
@@ -212,7 +204,6 @@ inline uint32_t __float_as_uint(float value) {
   return bits;
 }
 
-inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 namespace natrpb::cuda {

@@ -128,7 +128,10 @@ const Collective kLdmatrixX2Trans{"ldmatrix_x2_trans", load_matrices<2, true>};
 const Collective kMmaHalf{"mma_16816<__half>", mma<HalfBits>};
 const Collective kMmaBfloat16{"mma_16816<__nv_bfloat16>", mma<BfloatBits>};
 
-void copy_started(void* shared, uint4 value) { current->copies.push_back({shared, value, current->groups_committed}); }
+void copy_started(void* shared, uint4 value) {
+  current->copies.push_back({shared, value, current->groups_committed});
+  ++block.copies_to(shared);
+}
 
 void copies_committed() { ++current->groups_committed; }
 
@@ -144,6 +147,7 @@ bool copy_finished(int pending, void*& shared, uint4& value) {
   shared = oldest.shared;
   value = oldest.value;
   ++self.first_copy;
+  --block.copies_to(shared);
   return true;
 }
 

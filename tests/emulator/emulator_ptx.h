@@ -26,7 +26,7 @@ template <int N>
 void ldmatrix(const Collective& collective, uint32_t (&r)[N], const void* shared_row, Site site) {
   Ldmatrix operands{shared_row, {}, {}};
   if (lane_index() < 8 * N) {
-    check_shared(shared_row, 16, collective.name, site);
+    check_readable(shared_row, 16, collective.name, site);
     const uint16_t* row = static_cast<const uint16_t*>(shared_row);
     for (int i = 0; i < 8; ++i) operands.row[i] = row[i];
   }
@@ -135,7 +135,7 @@ inline float4 load_f4(const void* global, Site site = {__builtin_FILE(), __built
 }
 
 inline uint4 load_shared_16(const void* shared, Site site = {__builtin_FILE(), __builtin_LINE()}) {
-  emulator::check_shared(shared, 16, "load_shared_16", site);
+  emulator::check_readable(shared, 16, "load_shared_16", site);
   emulator::count_shared_load(shared, site);
   return *static_cast<const uint4*>(shared);
 }

@@ -79,8 +79,13 @@ struct Block {
   int exited = 0;
   Site barrier_site{nullptr, 0};
   unsigned char* shared = nullptr;
-  bool reverse = false;  // lanes, warps and blocks from last to first
+  std::vector<uint8_t> unfinished_copies;  // to each 16 bytes of shared memory
+  bool reverse = false;                    // lanes, warps and blocks from last to first
   Wavefronts* wavefronts = nullptr;
+
+  uint8_t& copies_to(const void* address) {
+    return unfinished_copies[(static_cast<const unsigned char*>(address) - shared) / 16];
+  }
 };
 
 extern Block block;

@@ -1,0 +1,44 @@
+"""What the ops of the library say of tensors that do not fit each other; the functions above them check most of it first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from natrpb import ops
+
+from .cases import Case
+from .support import needs_compiled
+
+pytestmark = needs_compiled
+
+CASE = Case((7, 9), (3, 4), batch=2, value_dim=5)
+NAMES = ("dout", "dlse", "query", "key", "value", "rpb", "out", "lse")
+
+
+def call(wrong: str, change) -> None:
+    """The backward of CASE with one of its tensors changed."""
+    inputs = CASE.inputs(torch.float32)
+    out, lse = ops.local_attention(*inputs)
+    tensors = dict(zip(NAMES, (out.clone(), lse.clone(), *inputs[:4], out, lse)))
+    tensors[wrong] = change(tensors[wrong])
+    torch.ops.natrpb.local_attention_backward(*tensors.values(), *inputs.pattern, inputs.scale)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "query"])
+def test_names_the_tensor_of_another_shape(name):
+    with pytest.raises(RuntimeError, match=rf"\b{name} must have"):
+        call(name, lambda x: x[:, :-1])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "query"])
+def test_names_the_tensor_of_another_dtype(name):
+    with pytest.raises(RuntimeError, match=rf"\b{name} must be float32"):
+        call(name, torch.Tensor.double)
+
+
+def test_says_what_came():
+    with pytest.raises(RuntimeError, match=r"out must have shape \[2, 7, 9, 2, 5\], got \[2, 7, 9, 2, 4\]"):
+        call("out", lambda x: x[..., :-1])
+    with pytest.raises(RuntimeError, match="query must be float64, float32, bfloat16 or float16"):
+        call("query", torch.Tensor.int)

@@ -1,0 +1,135 @@
+"""The CUDA part as built: architectures, no spills, tensor-core instructions, loading beside a CPU torch; needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import natrpb
+from natrpb import _ext
+
+from .cuda_report import LIBRARY, LOCAL_MEMORY, TENSOR_CORE, Kernel, images, kernels, tool
+
+ROOT = Path(__file__).resolve().parents[1]
+MUST_BUILD = os.environ.get("NATRPB_CUDA") == "1"  # `make test`
+built = pytest.mark.skipif(not LIBRARY.exists() and not MUST_BUILD, reason="natrpb was built without CUDA kernels")
+disassembled = pytest.mark.skipif(tool("cuobjdump") is None and not MUST_BUILD, reason="cuobjdump is not installed")
+
+
+def python(script: str, **environment: str) -> str:
+    """What a Python process prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Kernel]:
+    return kernels(instructions_of=_binaries())
+
+
+def _binaries() -> tuple[str, ...]:
+    return tuple(name for name in _ext.cuda_architectures() if name.startswith("sm_"))
+
+
+def _ids(kernels: list[Kernel]) -> str:
+    return "\n".join(f"{kernel.architecture} {kernel.name}" for kernel in kernels)
+
+
+@built
+@disassembled
+class TestMachineCode:
+    def test_holds_the_architectures_that_info_names(self):
+        assert images() == set(_ext.cuda_architectures())
+        if MUST_BUILD:
+            assert images() == {"sm_80", "sm_90", "sm_100", "sm_120", "compute_120"}
+
+    def test_every_architecture_has_the_same_kernels(self, compiled):
+        names = {architecture: {k.name for k in compiled if k.architecture == architecture} for architecture in _binaries()}
+        assert all(names[architecture] == names[_binaries()[0]] for architecture in names)
+
+    def test_nothing_spills(self, compiled):
+        spilled = [kernel for kernel in compiled if any(kernel.instructions[opcode] for opcode in LOCAL_MEMORY)]
+        assert not spilled, f"local memory in\n{_ids(spilled)}"
+
+    @pytest.mark.parametrize("storage", ["__half", "__nv_bfloat16"])
+    def test_matrix_kernels_use_tensor_cores(self, compiled, storage):
+        matrix = [kernel for kernel in compiled if kernel.uses_tensor_cores and storage in kernel.name]
+        assert {kernel.architecture for kernel in matrix} == set(_binaries())
+        plain = [kernel for kernel in matrix if not all(kernel.instructions[opcode] for opcode in TENSOR_CORE)]
+        assert not plain, f"not all of {', '.join(TENSOR_CORE)} in\n{_ids(plain)}"
+
+
+@built
+def test_loads_beside_any_torch():
+    """Under a torch without CUDA the stream function is missing, and nothing else may be."""
+    ops = [name for name in dir(torch.ops.natrpb) if name.startswith("local_")]
+    script = (
+        "import torch, natrpb\n"
+        f"torch.ops.load_library({str(LIBRARY)!r})\n"
+        f"print(all(torch._C._dispatch_has_kernel_for_dispatch_key('natrpb::' + name, 'CUDA') for name in {ops}))"
+    )
+    assert python(script) == "True"
+
+
+def test_info_says_what_there_is_of_cuda():
+    info = natrpb.info()
+    assert info["cuda"]["loaded"] is (info["cuda"]["library"] is not None)
+    assert ("cuda" in info["devices"]) is (info["cuda"]["loaded"] and torch.cuda.is_available())
+    if torch.version.cuda is None and info["compiled"]:
+        assert info["cuda"]["reason"] == "this torch was built without CUDA"
+    if info["build"] and "NATRPB_LIBRARY" not in os.environ:
+        assert bool(info["cuda"]["architectures"]) is LIBRARY.exists()
+        assert bool(info["build"]["cuda_reason"]) is not LIBRARY.exists()
+
+
+@pytest.mark.parametrize(
+    "capability, architectures, served",
+    [
+        ((8, 0), "sm_80", True),
+        ((8, 9), "sm_80", True),
+        ((8, 0), "sm_89", False),
+        ((9, 0), "sm_80", False),
+        ((9, 0), "sm_80 compute_80", True),
+        ((7, 5), "sm_80 compute_80", False),
+        ((10, 3), "sm_80 sm_90 sm_100 sm_120 compute_120", True),
+        ((11, 0), "sm_80 sm_90 sm_100 sm_120 compute_120", False),
+        ((12, 1), "sm_80 sm_90 sm_100 sm_120 compute_120", True),
+        ((13, 0), "sm_80 sm_90 sm_100 sm_120 compute_120", True),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90a compute_90a", False),
+        ((9, 0), "", False),
+    ],
+    ids=str,
+)
+def test_which_gpus_a_build_serves(capability, architectures, served):
+    assert _ext.is_served(capability, architectures.split()) is served
+
+
+def test_another_library_can_be_named(tmp_path):
+    missing = tmp_path / "other.so"
+    script = "import natrpb; print(natrpb.info()['reason'], natrpb.info()['devices'])"
+    assert python(script, NATRPB_LIBRARY=str(missing)).startswith("natrpb was installed without its compiled library (other.so")
+    if _ext.reason is None:
+        script = "import natrpb; print(natrpb.info()['library'])"
+        copy = tmp_path / "_C.so"
+        copy.write_bytes(Path(natrpb.info()["library"]).read_bytes())
+        assert python(script, NATRPB_LIBRARY=str(copy)) == str(copy)
+
+
+@pytest.mark.parametrize("home", ["", "/nowhere"], ids=["no-home", "empty-home"])
+def test_build_that_must_have_cuda_ends_without_nvcc(home):
+    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    environment |= {"NATRPB_CUDA": "1", "PATH": "/nowhere"} | ({"CUDA_HOME": home} if home else {})
+    process = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode != 0
+    assert f"NATRPB_CUDA=1, but no nvcc at build: neither in CUDA_HOME ({home or 'not set'}) nor on PATH" in process.stderr
