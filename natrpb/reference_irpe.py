@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def rpe_index(x: Tensor, index: Tensor) -> Tensor:
-    """Spreads every row's buckets over its pairs: y[b,h,i,j] = x[b,h,i, index[i,j]] (Wu et al. 2021, section 3.3).
+    """Spreads every row's buckets over its pairs: y[b,h,i,j] = x[b,h,i, index[i,j]] (Wu et al. 2021, section 3).
 
     Args:
         x: [B, h, Nq, C].
@@ -65,7 +65,7 @@ def irpe_attention(
         p(i,j) = softmax over the keys j that neither mask excludes
         out_i = sum_j p(i,j) v_j;   binned[b,h,i,c] = sum of p(i,j) over all (t,j) with index_v[t,i,j] = c
 
-    The encoding on values, sum_j p(i,j) w_v[index_v(i,j)], is binned @ w_v (Wu et al. 2021, eq. 10, 11 and section 3.3).
+    The encoding on values, sum_j p(i,j) w_v[index_v(i,j)], is binned @ w_v (Wu et al. 2021, section 3).
     A query with no key left has out = 0, binned = 0, lse = -inf, and no gradient. What a padded key's key and value hold is
     not read.
 
