@@ -275,3 +275,53 @@ def clipped_offsets(
     if max_distance < 0:
         raise ValueError(f"max_distance must be at least 0, got {max_distance}")
     return (offsets.clamp(-max_distance, max_distance) + max_distance).int()
+
+
+def clipped_map_offsets(
+    height: int,
+    width: int,
+    row_distance: int | None = None,
+    col_distance: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The two-dimensional map of SASA: row and column offset, key minus query, clipped each (Ramachandran et al. 2019).
+
+    Args:
+        height, width: the map's sides; positions are counted row by row.
+        row_distance, col_distance: the bounds, default height - 1 and width - 1, which clip nothing.
+        device: where the map is wanted.
+
+    Returns:
+        int32 [2, N, N], N = height * width: rows in 0 .. 2 * row_distance, columns in the 2 * col_distance + 1 ids after.
+
+    Raises:
+        ValueError: sides below 1, distances below 0.
+    """
+    rows = clipped_offsets(height, None, row_distance, device=device)  # [height, height]
+    cols = clipped_offsets(width, None, col_distance, device=device)
+    first = 2 * (height - 1 if row_distance is None else row_distance) + 1
+    sides = (height, width, height, width)
+    maps = rows[:, None, :, None].expand(sides), (cols + first)[None, :, None, :].expand(sides)
+    return torch.stack(maps).reshape(2, height * width, height * width)
+
+
+def sinusoids(max_distance: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Transformer-XL's R for every offset: sin and cos of the distance, query minus key, at dim / 2 frequencies.
+
+    Args:
+        max_distance: greatest distance in both directions.
+        dim: channels, even.
+        device: where the table is wanted.
+
+    Returns:
+        fp32 [dim, 2 * max_distance + 1], columns as `clipped_offsets` counts them: column c is R at max_distance - c.
+
+    Raises:
+        ValueError: odd dim.
+    """
+    if dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    distance = torch.arange(max_distance, -max_distance - 1, -1, dtype=torch.float32, device=device)
+    frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    angle = frequency[:, None] * distance
+    return torch.cat([angle.sin(), angle.cos()])

@@ -1,8 +1,8 @@
 """Attention with image relative position encodings in plain PyTorch: the specification, and the fallback, of those ops.
 
 Written to be read, as `natrpb.reference`: any floating dtype and device, differentiable to any order. Shapes: B batch, h heads,
-Nq queries, Nk keys, D head_dim, Dv value head_dim, C buckets, T terms. A pair's encoding is the sum of T of them (two where rows
-and columns of a map have encodings of their own, else one); every term has its index map, and a map [Nq, Nk] stands for
+Nq queries, Nk keys, D head_dim, Dv value head_dim, C buckets, T terms. A pair's encoding is the sum of T of them (two where
+rows and columns of a map have encodings of their own, else one); every term has its index map, and a map [Nq, Nk] stands for
 [1, Nq, Nk]. The terms of one argument share its C buckets: where they are to be apart, their ids are.
 """
 
