@@ -192,22 +192,41 @@ def term_maps(terms: tuple[Term, ...], height: int, width: int, skip: int, devic
 def _bucket_maps(terms: tuple[Term, ...], height: int, width: int, skip: int, apart: bool, device: torch.device) -> Tensor:
     """int32 [T, L, L]; `apart` adds to every term's ids the buckets of the terms before it."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() or peek_interpreter_stack():
-        # NB: while a graph is traced or a function transformed, sizes may be symbolic and tensors stand for others: none of
-        # that may stay in the cache, and what is in it may not be let in.
-        return _make_maps(terms, height, width, skip, apart, device)
+        # NB: while a graph is traced or a function transformed, sizes may be symbolic and tensors stand for others.
+        numbers = [(t.method.value, t.alpha, t.beta, t.gamma, int(t.directed), int(t.transposed)) for t in terms]
+        return torch.ops.natrpb.irpe_bucket_maps(sum(numbers, ()), height, width, skip, apart, device)
     return _cached_maps(terms, height, width, skip, apart, device)
+
+
+@torch.library.custom_op(
+    "natrpb::irpe_bucket_maps",
+    mutates_args=(),
+    schema="(float[] terms, SymInt height, SymInt width, SymInt skip, bool apart, Device device) -> Tensor",
+)
+def _traced_maps(terms, height, width, skip, apart, device):
+    """One node in a graph that makes the maps, opaque to it; `terms` are the fields of all terms in a row."""
+    fields = len(Term._fields)
+    each = [terms[i : i + fields] for i in range(0, len(terms), fields)]
+    terms = tuple(Term(Method(int(method)), *coefficients, bool(d), bool(t)) for method, *coefficients, d, t in each)
+    return _cached_maps(terms, height, width, skip, apart, device).clone()  # a graph may use its own tensors' memory again
+
+
+@_traced_maps.register_fake
+def _(terms, height, width, skip, apart, device):
+    length = skip + height * width
+    return torch.empty(len(terms) // len(Term._fields), length, length, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache(maxsize=64)
 def _cached_maps(terms, height, width, skip, apart, device) -> Tensor:
     with torch.inference_mode(False):  # tensors of inference mode could not be saved for a backward later
-        return _make_maps(terms, height, width, skip, apart, torch.device("cpu")).to(device)
+        return _make_maps(terms, height, width, skip, apart).to(device)
 
 
-def _make_maps(terms, height, width, skip, apart, device) -> Tensor:
+def _make_maps(terms, height, width, skip, apart) -> Tensor:
     if height < 1 or width < 1 or skip < 0:
         raise ValueError(f"height and width must be at least 1 and skip at least 0, got {height}, {width} and {skip}")
-    positions = torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
+    positions = torch.cartesian_prod(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"))
     offsets = positions[:, None] - positions  # [height * width, height * width, 2], query minus key
     maps, first = [], 0
     for term in terms:

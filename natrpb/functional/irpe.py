@@ -107,6 +107,8 @@ def irpe_attention(
         raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
 
+    if query_table is not None and key_padding_mask is not None:
+        key = key.masked_fill(key_padding_mask[..., None, None], 0)  # what padding holds must not reach query_table's gradient
     encodings = (
         None if key_table is None else bucket_rows(query, key_table, scale),
         key_index,
