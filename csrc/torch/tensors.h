@@ -1,0 +1,62 @@
+// What every binding needs: checks of torch tensors that end in a sentence, and how a backend is asked for.
+//
+// A backend is an object made from the tensor that an op takes its sizes from, and kept while the op runs: it checks that all
+// tensors are where its launchers run, and hands them what they need. The op bodies are templates over it, so each exists once.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "natrpb/local_attention.h"
+#include "natrpb/status.h"
+
+namespace natrpb::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+// Scores, lse, bias tables and sums: fp32, fp64 for fp64.
+inline DType wide(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+inline ScalarType wide_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+// Kernels read contiguous channels; any other stride is theirs to follow.
+inline Tensor with_contiguous_channels(const Tensor& t) {
+  return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
+}
+
+inline Tensor rounded(const Tensor& sums, const Tensor& model) {
+  return sums.scalar_type() == model.scalar_type() ? sums : torch::stable::to(sums, model.scalar_type());
+}
+
+inline void finish(const Status& status) { STD_TORCH_CHECK(status.ok(), status.message()); }
+
+}  // namespace natrpb::binding
