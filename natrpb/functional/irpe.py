@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from .. import ops
 from ._checks import FLOATS, check_head_dim, check_tensor, finite_float
+from ._encoded import Call, attend, bucket_rows, spread
 
 
 def rpe_index(x: Tensor, index: Tensor) -> Tensor:
@@ -107,68 +110,51 @@ def irpe_attention(
         raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
 
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if query_table is not None and key_padding_mask is not None:
         key = key.masked_fill(key_padding_mask[..., None, None], 0)  # what padding holds must not reach query_table's gradient
-    encodings = (
-        None if key_table is None else bucket_rows(query, key_table, scale),
-        key_index,
-        None if query_table is None else bucket_rows(key, query_table, scale),
-        query_index,
-        None if bias_table is None else bias_table.expand(heads, -1),
-        bias_index,
-        value_index,
-        0 if value_table is None else value_table.shape[1],
-    )
-    weights = None
-    if dropout_p > 0 or return_weights:
-        out, lse, binned, weights = _unfused(
-            query, key, value, *encodings, key_padding_mask, attn_mask, scale, dropout_p
-        )  # fmt: skip
-    else:
-        out, lse, binned = ops.irpe_attention(query, key, value, *encodings, key_padding_mask, attn_mask, scale)
-    if value_table is not None:
-        table = value_table.to(binned.dtype)
-        out = out + (binned @ (table[0] if len(table) == 1 else table)).transpose(1, 2)
+    tables = [None if table is None else table.to(query.dtype) for table in (key_table, query_table, value_table)]
+    call = Call(key_index, query_index, bias_index, value_index, key_padding_mask, attn_mask, scale)
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        if dropout_p > 0 or return_weights:
+            out, lse, weights = _unfused(query, key, value, *tables, bias_table, call, dropout_p)
+        else:
+            out, lse = attend(query, key, value, *tables, bias_table, call)
+            weights = None
     extras = [extra for extra, wanted in ((lse, return_lse), (weights, return_weights)) if wanted]
     return (out, *extras) if extras else out
 
 
-def bucket_rows(x: Tensor, table: Tensor, scale: float) -> Tensor:
-    """scale * <x_i, table[:, c]> for every row and bucket: x [B, N, h, D], table [h or 1, D, C] -> [B, h, N, C]."""
-    batch, length, heads, head_dim = x.shape
-    # x[h, b * n, d]: a view of a fused qkv projection, so that the product keeps no copy for its backward
-    by_head = x.permute(2, 0, 1, 3).reshape(heads, batch * length, head_dim)
-    rows = torch.bmm(by_head, (scale * table).to(x.dtype).expand(heads, -1, -1))
-    return rows.unflatten(1, (batch, length)).transpose(0, 1)
-
-
-def _unfused(
-    query, key, value, query_rows, index_k, key_rows, index_q, table, index_t, index_v, num_buckets,
-    key_padding_mask, attn_mask, scale, dropout_p,
-):  # fmt: skip
-    """`natrpb.reference_irpe.irpe_attention` with dropout on the weights, from unfused ops; returns the weights too."""
+def _unfused(query, key, value, key_table, query_table, value_table, bias_table, call: Call, dropout_p: float):
+    """Attention with dropout on the weights, from unfused ops: out, lse and weights."""
+    query_rows = None if key_table is None else bucket_rows(query, key_table, call.scale)
+    key_rows = None if query_table is None else bucket_rows(key, query_table, call.scale)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, h, N, D]
     excluded = torch.zeros(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    if key_padding_mask is not None:
-        key, value = (x.masked_fill(key_padding_mask[:, None, :, None], 0) for x in (key, value))
-        excluded = excluded | key_padding_mask[:, None, None, :]
-    if attn_mask is not None:
-        excluded = excluded | attn_mask
+    if call.key_padding_mask is not None:
+        key, value = (x.masked_fill(call.key_padding_mask[:, None, :, None], 0) for x in (key, value))
+        excluded = excluded | call.key_padding_mask[:, None, None, :]
+    if call.attn_mask is not None:
+        excluded = excluded | call.attn_mask
 
-    scores = (query * scale) @ key.transpose(-1, -2)
-    for index in _terms(index_k):
+    scores = (query * call.scale) @ key.transpose(-1, -2)
+    for index in _terms(call.key_index):
         scores = scores + ops.rpe_index(query_rows, index)
-    for index in _terms(index_q):
+    for index in _terms(call.query_index):
         scores = scores + ops.rpe_index(key_rows, index.t()).transpose(-1, -2)
     scores = scores.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
-    for index in _terms(index_t):
-        scores = scores + table.to(scores.dtype)[:, index.long()]
+    for index in _terms(call.bias_index):
+        scores = scores + bias_table.to(scores.dtype)[:, index.long()]
     empty = excluded.all(-1, keepdim=True)
     scores = scores.masked_fill(excluded & ~empty, float("-inf")).masked_fill(empty, 0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
     weights = torch.dropout(scores.softmax(-1).masked_fill(excluded, 0), dropout_p, True).to(value.dtype)
-    bins = [ops.rpe_index_transposed(weights, index, num_buckets) for index in _terms(index_v)]
-    return (weights @ value).transpose(1, 2), lse.transpose(1, 2), sum(bins[1:], bins[0]) if bins else None, weights
+    out = weights @ value
+    for index in _terms(call.value_index):
+        out = out + spread(ops.rpe_index_transposed(weights, index, value_table.shape[1]), value_table)
+    return out.transpose(1, 2), lse.transpose(1, 2), weights
 
 
 def _terms(index: Tensor | None) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional.irpe import bucket_rows
+from ..functional._encoded import bucket_rows
 from ..irpe import Method, Term, as_method, coefficients, num_buckets, term_maps
 
 _MODES = {"bias": "bias", "contextual": "contextual", "ctx": "contextual"}
