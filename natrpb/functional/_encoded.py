@@ -1,8 +1,8 @@
 """The fused attention with its tables: rows of buckets before the op, products with binned weights after it.
 
 Autograd would keep both for the backward, and the output without the value encoding beside the whole. `_Encoded` keeps only
-the whole output, lse and the binned weights, and makes the rows again: at DeiT-S that is 5% instead of 22% more than what
-attention without encodings keeps per block.
+the whole output, lse and the binned weights, and makes the rows again: a block of DeiT-S with encodings on queries, keys and
+values then keeps 6% instead of 22% more than one without.
 """
 
 from __future__ import annotations
