@@ -159,7 +159,7 @@ struct IrpeAttention {
       stage_rows(params.value, w.first_key, w.keys, value_depth, T(1), vpitch, value_rows);
       clear_padded(w, vpitch, value_rows);
     }
-    if (params.index_q.data) {
+    if (params.index_q.buckets) {
       stage_rows(params.key_rows, w.first_key, w.keys, params.index_q.buckets, T(1), pitch_q, key_buckets);
       clear(key_buckets + w.keys * pitch_q, (chunk - w.keys) * pitch_q);
     }
@@ -186,12 +186,12 @@ struct IrpeAttention {
   void scores(const Window& w) const {
     stage_rows(params.query, w.first_query, w.queries, depth, static_cast<T>(params.scale), pitch, query);
     multiply<T>(w.queries, chunk, depth, {query, pitch, 1}, key_columns, chunk, p, chunk, false);
-    if (params.index_k.data) {
+    if (params.index_k.buckets) {
       stage_rows(params.query_rows, w.first_query, w.queries, params.index_k.buckets, T(1), pitch_k, query_buckets);
       add_rows(params.index_k, w, query_buckets, pitch_k, p, chunk);
     }
-    if (params.index_q.data) add_columns(params.index_q, w, key_buckets, p, chunk);
-    if (params.index_t.data) add_rows(params.index_t, w, table, 0, p, chunk);
+    if (params.index_q.buckets) add_columns(params.index_q, w, key_buckets, p, chunk);
+    if (params.index_t.buckets) add_rows(params.index_t, w, table, 0, p, chunk);
   }
 
   // Scores of query q from key k on, -inf where a mask closes the pair.
@@ -243,7 +243,7 @@ struct IrpeAttention {
       store_row(binned_row, pitch_v, splat(factor), binned_row);
     }
     multiply<T>(w.queries, vpitch, w.keys, {p, chunk, 1}, value_rows, vpitch, out + i * vpitch, vpitch, w.first_key > 0);
-    if (params.index_v.data) sum_by_bucket(params.index_v, w, p, chunk, bins_v, binned + i * pitch_v);
+    if (params.index_v.buckets) sum_by_bucket(params.index_v, w, p, chunk, bins_v, binned + i * pitch_v);
   }
 
   void forward() const {
@@ -259,7 +259,7 @@ struct IrpeAttention {
     for (int64_t i = 0; i < count; ++i) {
       const T factor = sum[i] == T(0) ? T(0) : T(1) / sum[i];
       store_rows(params.out, first + i, 1, value_depth, factor, vpitch, out + i * vpitch);
-      if (params.index_v.data) {
+      if (params.index_v.buckets) {
         store_rows(params.binned, first + i, 1, params.index_v.buckets, factor, pitch_v, binned + i * pitch_v);
       }
       *wide_row(params.lse, first + i) = peak[i] + log<T>(splat(sum[i]))[0];
@@ -311,9 +311,9 @@ struct IrpeAttention {
     multiply<T>(w.queries, pitch, w.keys, {ds, chunk, 1}, key_rows, pitch, dquery + i * pitch, pitch, w.first_key > 0);
     multiply<T>(w.keys, pitch, w.queries, {ds, 1, chunk}, query, pitch, dkey, pitch, true);
     multiply<T>(w.keys, vpitch, w.queries, {p, 1, chunk}, dout, vpitch, dvalue, vpitch, true);
-    if (params.index_k.data) sum_by_bucket(params.index_k, w, ds, chunk, bins_k, dquery_buckets + i * pitch_k);
-    if (params.index_q.data) sum_columns_by_bucket(params.index_q, w, ds, chunk, dkey_buckets);
-    if (params.index_t.data) for_bins(params.index_t, w, ds, chunk, bins_t, [](int64_t, int64_t) {});
+    if (params.index_k.buckets) sum_by_bucket(params.index_k, w, ds, chunk, bins_k, dquery_buckets + i * pitch_k);
+    if (params.index_q.buckets) sum_columns_by_bucket(params.index_q, w, ds, chunk, dkey_buckets);
+    if (params.index_t.buckets) for_bins(params.index_t, w, ds, chunk, bins_t, [](int64_t, int64_t) {});
   }
 
   // Sums of one kind of a chunk's keys: results, or the item's part of them in the workspace (to be merged by another).
@@ -344,12 +344,12 @@ struct IrpeAttention {
         [&](const Window& w) {
           store_keys(w, params.dkey, depth, pitch, dkey, part_dkey);
           store_keys(w, params.dvalue, value_depth, vpitch, dvalue, part_dvalue);
-          if (params.index_q.data) {
+          if (params.index_q.buckets) {
             store_keys(w, params.dkey_rows, params.index_q.buckets, pitch_q, dkey_buckets, part_dkey_rows);
           }
         });
     store_rows(params.dquery, first, count, depth, static_cast<T>(params.scale), pitch, dquery);
-    if (params.index_k.data) {
+    if (params.index_k.buckets) {
       store_rows(params.dquery_rows, first, count, params.index_k.buckets, T(1), pitch_k, dquery_buckets);
     }
     for (int64_t c = 0; c < plan.dtable; ++c) {

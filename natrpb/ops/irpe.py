@@ -1,12 +1,13 @@
 """Image relative position encodings: chooses the compiled op or the reference, and differentiates the compiled ones.
 
-`rpe_index` and its transpose are each other's derivatives. Of the fused attention, the first derivative is a compiled op; what
-comes after it, and the forward mode, differentiate the reference, which stores the attention weights.
+`rpe_index` and its transpose are each other's derivatives. Of the fused attention, the first derivative is a compiled op too;
+what comes after it, and the forward mode, are composed from products that store the attention weights (`_irpe_pairs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch.autograd import Function
 
 from .. import _ext
 from .. import reference_irpe as reference
+from ._irpe_pairs import Pairs, Rows, total
 from ._register import below_autograd, register_autocast, register_autograd, register_fake, register_vmap
-from .local_attention import _on_reference, _wide
+from .local_attention import _heads_first, _heads_last, _on_reference, _wide
 
 
 def rpe_index(x: Tensor, index: Tensor) -> Tensor:
@@ -52,44 +54,63 @@ def irpe_attention(
     floats = (query, key, value, query_rows, key_rows, table)
     rest = (index_k, index_q, index_t, index_v, num_buckets, key_padding_mask, attn_mask, scale)
     if not _ext.runs_compiled(query.device):
-        present, outputs = _reference_of(floats, rest)
-        return _on_reference(outputs, len(present), *present)
+        return _reference(floats, rest)
     table = None if table is None else table.to(_wide(query.dtype))
     out, lse, binned = torch.ops.natrpb.irpe_attention_forward(*floats[:5], table, *rest)
     return out, lse, None if index_v is None else binned
 
 
-def _reference_of(floats: tuple[Tensor | None, ...], rest: tuple) -> tuple[tuple[Tensor, ...], Callable[..., tuple]]:
-    """The reference in the order of the op's arguments: the floats that are there, and the function of them."""
+def _reference(floats: tuple[Tensor | None, ...], rest: tuple):
+    """The reference, from arguments in the order of the op; under autocast with the first five cast, as the op casts them."""
     index_k, index_q, index_t, *others = rest
+    *inputs, table = floats
+    names = [i for i, x in enumerate(inputs) if x is not None]
 
-    def outputs(*present: Tensor) -> tuple:
-        left = iter(present)
-        query, key, value, query_rows, key_rows, table = (None if x is None else next(left) for x in floats)
-        return reference.irpe_attention(
-            query, key, value, query_rows, index_k, key_rows, index_q, table, index_t, *others
-        )  # fmt: skip
+    def run(*present: Tensor):
+        query, key, value, query_rows, key_rows = (dict(zip(names, present)).get(i) for i in range(5))
+        return reference.irpe_attention(query, key, value, query_rows, index_k, key_rows, index_q, table, index_t, *others)
 
-    return tuple(x for x in floats if x is not None), outputs
+    present = [x for x in inputs if x is not None]
+    return _on_reference(run, len(present), *present)
 
 
-def _gradients_of(floats: tuple[Tensor | None, ...], rest: tuple, cotangents: tuple[Tensor | None, ...]):
-    """The reference's backward pass: (present cotangents, present floats) -> gradients of the latter, in fp32 or fp64."""
-    wide = _wide(floats[0].dtype)
-    present, outputs = _reference_of(floats, rest)
-    given = [i for i, x in enumerate(cotangents) if x is not None]
+class _Saved(NamedTuple):
+    """What derivatives start from: pairs' maps, heads-first query, key, value in fp32 or fp64, and the softmax's weights."""
 
-    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-        douts, inputs = tensors[: len(given)], tensors[len(given) :]
+    pairs: Pairs
+    q: Tensor  # [B, h, Nq, D]
+    k: Tensor  # [B, h, Nk, D]
+    v: Tensor  # [B, h, Nk, Dv]
+    p: Tensor  # [B, h, Nq, Nk]
+    scale: float
 
-        def chosen(*inputs: Tensor) -> tuple[Tensor, ...]:
-            results = outputs(*(x.to(wide) for x in inputs))
-            return tuple(results[i] for i in given)
+    @classmethod
+    def of(cls, floats: tuple[Tensor | None, ...], rest: tuple) -> _Saved:
+        *maps, scale = rest
+        pairs = Pairs(tuple(maps), tuple(0 if x is None else x.shape[-1] for x in floats[3:]))
+        wide = _wide(floats[0].dtype)
+        q, k, v = _heads_first(wide, *floats[:3])
+        k, v = pairs.open(k), pairs.open(v)
+        rows = Rows(*(None if x is None else x.to(wide) for x in floats[3:]))
+        scores = total(scale * q @ k.mT, pairs.encode(rows))
+        return cls(pairs, q, k, v, pairs.softmax(scores), scale)
 
-        _, pull = torch.func.vjp(chosen, *inputs)
-        return pull(tuple(x.to(wide) for x in douts))
+    def score_tangent(self, tq: Tensor | None, tk: Tensor | None, rows: Rows) -> Tensor:
+        """The scores' directional derivative, or what the derivative of dscore's products with query and key comes to."""
+        return total(
+            torch.zeros_like(self.p),
+            None if tq is None else self.scale * tq @ self.k.mT,
+            None if tk is None else self.scale * self.q @ self.pairs.open(tk).mT,
+            self.pairs.encode(rows),
+        )
 
-    return tuple(cotangents[i] for i in given) + present, gradients
+    def softmax_derivative(self, ts: Tensor) -> Tensor:
+        """Of the weights, in direction ts of the scores; it is its own transpose."""
+        return self.p * (ts - (self.p * ts).sum(-1, keepdim=True))
+
+
+def _rows(dtype: torch.dtype, given: Sequence[Tensor | None]) -> Rows:
+    return Rows(*(None if x is None else x.to(dtype) for x in given))
 
 
 class _Attention(Function):
@@ -104,18 +125,19 @@ class _Attention(Function):
         ctx.numbers = inputs[10], inputs[13]
         saved = (*inputs[:10], *inputs[11:13])
         ctx.save_for_backward(*saved, *output)
-        ctx.save_for_forward(*saved, *output)
+        ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def _saved(ctx):
-        saved = ctx.saved_tensors
-        num_buckets, scale = ctx.numbers
-        return saved[:6], (*saved[6:10], num_buckets, *saved[10:12], scale), saved[12:]
+    def _arguments(ctx) -> tuple:
+        """The tensors of the call, then its maps, num_buckets, masks and scale."""
+        saved, (num_buckets, scale) = ctx.saved_tensors, ctx.numbers
+        return saved[:6], (*saved[6:10], num_buckets, *saved[10:12], scale)
 
     @staticmethod
     def backward(ctx, dout, dlse, dbinned):
-        floats, rest, outputs = _Attention._saved(ctx)
+        floats, rest = _Attention._arguments(ctx)
+        outputs = ctx.saved_tensors[12:]
         if rest[3] is None:
             dbinned = None
         if dout is None and dlse is None and dbinned is None:
@@ -126,23 +148,24 @@ class _Attention(Function):
         return *(None if x is None else dx for x, dx in zip(floats, gradients)), *(None,) * 8
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        # The derivative of the backward pass, which is linear in the outputs' cotangents.
-        floats, rest, results = _Attention._saved(ctx)
-        results = results if rest[3] is not None else results[:2]
-        cotangents = tuple(torch.zeros_like(x) for x in results)
-        _, gradients = _gradients_of(floats, rest, cotangents)
-        inputs = tuple(x for x in floats if x is not None)
-        _, pull = torch.func.vjp(lambda *given: gradients(*given, *inputs), *cotangents)
-        directions = (torch.zeros_like(x) if t is None else t for x, t in zip(floats, tangents) if x is not None)
-        found = pull(tuple(directions))
-        return found if len(found) == 3 else (*found, floats[0].new_zeros(0))
+    def jvp(ctx, tquery, tkey, tvalue, *others):
+        floats, rest = _Attention._arguments(ctx)
+        dtype = floats[0].dtype
+        saved = _Saved.of(floats, rest)
+        tq, tk, tv = _heads_first(saved.p.dtype, tquery, tkey, tvalue)
+        ts = saved.score_tangent(tq, tk, _rows(saved.p.dtype, others[:3]))
+        tp = saved.softmax_derivative(ts)
+        tout = total(tp @ saved.v, None if tv is None else saved.p @ saved.pairs.open(tv))
+        tbinned = saved.pairs.bin(tp)
+        tbinned = tout.new_zeros(0) if tbinned is None else tbinned
+        return _heads_last(dtype, tout), (saved.p * ts).sum(-1).movedim(1, -1), tbinned.to(dtype)
 
 
 class _AttentionBackward(Function):
     """(dout, dlse, dbinned, query .. table, out, lse, binned | maps, num_buckets, masks, scale) -> gradients of query .. table.
 
-    What the forward pass returned counts as given: the derivative is that of the whole pass in its inputs.
+    What the forward pass returned counts as given: the derivative is that of the whole pass in its inputs. With
+    dp = dout v^T + unbin(dbinned), it is  dscore = p * bracket,  bracket = dp - sum(p dp) + dlse.
     """
 
     @staticmethod
@@ -158,28 +181,71 @@ class _AttentionBackward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def _gradients(ctx):
-        saved = ctx.saved_tensors
-        num_buckets, scale = ctx.numbers
-        rest = (*saved[9:13], num_buckets, *saved[13:15], scale)
-        return saved[:9], _gradients_of(saved[3:9], rest, saved[:3])
+    def _start(ctx):
+        """Everything that both derivatives start from: the inputs, `_Saved`, dout heads-first, dp and bracket."""
+        saved, (num_buckets, scale) = ctx.saved_tensors, ctx.numbers
+        dout, dlse, dbinned = saved[:3]
+        here = _Saved.of(saved[3:9], (*saved[9:13], num_buckets, *saved[13:15], scale))
+        (do,) = _heads_first(here.p.dtype, dout)
+        dp = total(do @ here.v.mT, here.pairs.unbin(None if dbinned is None else dbinned.to(here.p.dtype)))
+        bracket = dp - (here.p * dp).sum(-1, keepdim=True)
+        if dlse is not None:
+            bracket = bracket + dlse.movedim(-1, 1)[..., None]
+        return saved[:9], here, do, dp, bracket
 
     @staticmethod
-    def backward(ctx, *given):
-        inputs, (present, gradients) = _AttentionBackward._gradients(ctx)
-        results, pull = torch.func.vjp(gradients, *present)
-        found = (g for g, x in zip(given, inputs[3:]) if x is not None)
-        second = iter(pull(tuple(torch.zeros_like(x) if g is None else g for x, g in zip(results, found))))
-        return *(None if x is None else next(second) for x in inputs), *(None,) * 11
+    def backward(ctx, gquery, gkey, gvalue, *grows):
+        (dout, dlse, dbinned, *floats), here, do, dp, bracket = _AttentionBackward._start(ctx)
+        gq, gk, gv = _heads_first(here.p.dtype, gquery, gkey, gvalue)
+        gk, gv = (None if x is None else here.pairs.open(x) for x in (gk, gv))
+        grows = (None if x is None else g for g, x in zip(grows, floats[3:]))
+        p, pairs = here.p, here.pairs
+        a = here.score_tangent(gq, gk, _rows(p.dtype, grows))  # d L / d dscore
+        mean = (p * a).sum(-1, keepdim=True)
+        gdp = p * (a - mean)
+        gp = total(a * bracket - mean * dp, None if gv is None else do @ gv.mT)  # d L / d p
+        gs = here.softmax_derivative(gp)
+        dscore = p * bracket
+        second = (
+            total(here.scale * gs @ here.k, None if gk is None else here.scale * dscore @ gk),
+            pairs.open(total(here.scale * gs.mT @ here.q, None if gq is None else here.scale * dscore.mT @ gq)),
+            pairs.open(gdp.mT @ do),
+        )
+        gdbinned = None if dbinned is None else pairs.bin(gdp).to(dbinned.dtype)
+        return (
+            _heads_last(dout.dtype, total(gdp @ here.v, None if gv is None else p @ gv)),
+            None if dlse is None else mean[..., 0].movedim(1, -1),
+            gdbinned,
+            *(_heads_last(x.dtype, g) for x, g in zip(floats, second)),
+            *(None if g is None else g.to(x.dtype) for x, g in zip(floats[3:], pairs.decode(gs))),
+            *(None,) * 11,
+        )
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        inputs, (present, gradients) = _AttentionBackward._gradients(ctx)
-        results, pull = torch.func.vjp(gradients, *present)
-        _, push = torch.func.vjp(lambda *given: torch.func.vjp(gradients, *present)[1](given), *results)
-        directions = (torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents) if x is not None)
-        found = iter(push(tuple(directions)))
-        return tuple(inputs[3].new_zeros(0) if x is None else next(found) for x in inputs[3:])
+    def jvp(ctx, tdout, tdlse, tdbinned, tquery, tkey, tvalue, *others):
+        (_, _, _, *floats), here, do, dp, bracket = _AttentionBackward._start(ctx)
+        dtype, p, pairs = here.p.dtype, here.p, here.pairs
+        tdo, tq, tk, tv = _heads_first(dtype, tdout, tquery, tkey, tvalue)
+        tk, tv = (None if x is None else pairs.open(x) for x in (tk, tv))
+        tp = here.softmax_derivative(here.score_tangent(tq, tk, _rows(dtype, others[:3])))
+        tdp = total(
+            torch.zeros_like(p),
+            None if tdo is None else tdo @ here.v.mT,
+            None if tv is None else do @ tv.mT,
+            pairs.unbin(None if tdbinned is None else tdbinned.to(dtype)),
+        )
+        tbracket = tdp - (tp * dp + p * tdp).sum(-1, keepdim=True)
+        if tdlse is not None:
+            tbracket = tbracket + tdlse.movedim(-1, 1)[..., None]
+        dscore, tds = p * bracket, tp * bracket + p * tbracket
+        gradients = (
+            here.scale * total(tds @ here.k, None if tk is None else dscore @ tk),
+            here.scale * pairs.open(total(tds.mT @ here.q, None if tq is None else dscore.mT @ tq)),
+            pairs.open(total(tp.mT @ do, None if tdo is None else p.mT @ tdo)),
+        )
+        rows = (p.new_zeros(0) if g is None else g for g in pairs.decode(tds))
+        dtypes = [floats[0].dtype] * 2 + [dtype]
+        return *(_heads_last(x.dtype, g) for x, g in zip(floats, gradients)), *(g.to(t) for g, t in zip(rows, dtypes))
 
 
 class _RpeIndex(Function):

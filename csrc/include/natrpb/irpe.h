@@ -27,9 +27,9 @@ struct Matrix {
 
 // Buckets of every pair of positions, shared by batch and heads.
 struct BucketMap {
-  const int32_t* data = nullptr;  // [terms, Nq, Nk] contiguous, may be nullptr
+  const int32_t* data = nullptr;  // [terms, Nq, Nk] contiguous
   int64_t terms = 0;
-  int64_t buckets = 0;  // every entry is in [0, buckets)
+  int64_t buckets = 0;  // every entry is in [0, buckets); 0 where there is no such encoding
 };
 
 struct RpeIndexParams {
