@@ -68,7 +68,9 @@ def test_functional_transforms(leaves):
     for gradient, wanted in zip(found, expected):
         close(gradient, wanted)
     directions = [torch.randn_like(x) for x in given]
+    _, forward = torch.func.jvp(attend, tuple(given), tuple(directions))
     _, slow = torch.func.jvp(lambda *x: unfused(*x)[0], tuple(given), tuple(directions))
+    close(forward, slow)
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, t) for x, t in zip(leaves, directions)]
         close(forward_ad.unpack_dual(attend(*duals)).tangent, slow)
