@@ -146,7 +146,8 @@ def _unfused(query, key, value, key_table, query_table, value_table, bias_table,
         scores = scores + ops.rpe_index(key_rows, index.t()).transpose(-1, -2)
     scores = scores.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
     for index in _terms(call.bias_index):
-        scores = scores + bias_table.to(scores.dtype)[:, index.long()]
+        bias_rows = bias_table.to(scores.dtype)[None, :, None].expand(-1, -1, len(index), -1)
+        scores = scores + ops.rpe_index(bias_rows, index)
     empty = excluded.all(-1, keepdim=True)
     scores = scores.masked_fill(excluded & ~empty, float("-inf")).masked_fill(empty, 0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
