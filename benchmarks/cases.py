@@ -11,6 +11,7 @@ import torch
 from tests.cases import NAT_STAGES, Case
 
 from .harness import Problem, Workload
+from .irpe import irpe_workloads
 from .models import model_workloads
 from .problems import block_problem, neighborhood_problem, unfused_problem, window_problem
 
@@ -101,6 +102,7 @@ def all_workloads() -> list[Workload]:
             for train in (False, True)
         ],
         *model_workloads(),
+        *irpe_workloads(),
         *sweep("map side", {n: Case((n, n), 7, head_dim=32) for n in (7, 14, 28, 56, 112)}),
         *sweep("kernel size", {k: Case((56, 56), k, head_dim=32) for k in (3, 5, 7, 9, 13, 21)}),
         *sweep("dilation", {d: replace(FIRST_STAGE, dilation=d) for d in (1, 2, 4, 8)}),

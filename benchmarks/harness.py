@@ -45,6 +45,7 @@ class Contender:
         layout: the form of its tensors.
         without: inputs that it does not take; it computes, and is checked for, the same function without them.
         wrap: makes what is checked and timed of its `Runner`.
+        checked: whether its results must be right; False for a yardstick that leaves a part of the work out.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Contender:
     layout: Layout = AS_IS
     without: tuple[str, ...] = ()
     wrap: Callable[[Runner], Runner] | None = None
+    checked: bool = True
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def measure(
             runner = Runner(contender, problem)
             if contender.wrap:
                 runner = contender.wrap(runner)
-            error = runner.error(answers[contender.without])
+            error = runner.error(answers[contender.without]) if contender.checked else 0.0 * len(runner())
         except Unavailable as reason:
             verdict = str(reason)
         except Exception as failure:  # whatever stops a peer is news about the peer, not the end of the run

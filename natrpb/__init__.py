@@ -1,16 +1,40 @@
 """Local attention with learned relative position bias for PyTorch, fused forward and backward."""
 
-from . import compat, convert, explain, models, modules, rpb
+from . import compat, convert, explain, irpe, models, modules, rpb
 from ._ext import info
-from .functional import na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk, window_attention
+from .functional import (
+    axial_attention,
+    huang_attention,
+    irpe_attention,
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na3d,
+    na3d_av,
+    na3d_qk,
+    rpe_index,
+    sasa_attention,
+    shaw_attention,
+    transformer_xl_attention,
+    window_attention,
+)
 from .models import create_model, list_models
 from .modules import (
     ContinuousPositionBias,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
+    RPEMultiheadAttention,
     WindowAttention,
     WindowAttentionV2,
+    build_rpe,
+    get_rpe_config,
+    iRPE,
+    iRPE_Cross,
+    iRPEAttention,
 )
 
 __version__ = "0.1.0"
@@ -20,13 +44,23 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "RPEMultiheadAttention",
     "WindowAttention",
     "WindowAttentionV2",
+    "axial_attention",
+    "build_rpe",
     "compat",
     "convert",
     "create_model",
     "explain",
+    "get_rpe_config",
+    "huang_attention",
+    "iRPE",
+    "iRPEAttention",
+    "iRPE_Cross",
     "info",
+    "irpe",
+    "irpe_attention",
     "list_models",
     "models",
     "modules",
@@ -40,5 +74,9 @@ __all__ = [
     "na3d_av",
     "na3d_qk",
     "rpb",
+    "rpe_index",
+    "sasa_attention",
+    "shaw_attention",
+    "transformer_xl_attention",
     "window_attention",
 ]

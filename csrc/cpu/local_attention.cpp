@@ -4,14 +4,13 @@
 #include "natrpb/local_attention.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "cpu/plan.h"
 
 namespace natrpb::cpu {
@@ -47,27 +46,6 @@ int64_t table_entries(const LocalAttentionParams& params) {
 
 size_t element_bytes(const LocalAttentionParams& params) {
   return params.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-}
-
-// A thread's scratch memory, kept between calls: fresh pages would cost more than many a call computes.
-void* thread_scratch(int64_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> buffer;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset();
-    size = 0;
-    buffer.reset(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64));
-    size = buffer ? bytes : 0;
-  }
-  return buffer.get();
-}
-
-template <class F>
-void run_parallel(ParallelFor parallel_for, int64_t count, F body) {
-  parallel_for(count, &body, [](void* f, int64_t begin, int64_t end) { (*static_cast<F*>(f))(begin, end); });
 }
 
 // drpb[head][entry] = sum of the items' tables in the order of the items.

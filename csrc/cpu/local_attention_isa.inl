@@ -8,23 +8,7 @@
 
 #include "cpu/kernels.h"
 
-#if defined(__x86_64__)
-#define NATRPB_X86
-#include <immintrin.h>
-#endif
-
-#define NATRPB_INLINE inline __attribute__((always_inline))
-#define NATRPB_LAMBDA __attribute__((always_inline))
-#define NATRPB_PRAGMA(text) _Pragma(#text)
-
-#ifdef NATRPB_TARGET
-#ifdef __clang__
-#define NATRPB_TARGET_PRAGMA(t) NATRPB_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
-#else
-#define NATRPB_TARGET_PRAGMA(t) NATRPB_PRAGMA(GCC target(t))
-#endif
-NATRPB_TARGET_PRAGMA(NATRPB_TARGET)
-#endif
+#include "cpu/isa_begin.inl"
 
 namespace natrpb::cpu::NATRPB_ISA {
 
@@ -92,6 +76,4 @@ extern const Kernels kKernels = {scratch_bytes, run_item};
 
 }  // namespace natrpb::cpu::NATRPB_ISA
 
-#if defined(NATRPB_TARGET) && defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "cpu/isa_end.inl"

@@ -246,15 +246,38 @@ NATRPB_INLINE void store_as(Float16* p, Vec<float> v) {
 // The first n < kLanes elements; the other lanes are zero, and nothing behind them is touched.
 template <class T, class S>
 NATRPB_INLINE Vec<T> load_part(const S* p, int64_t n) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8) {
+    return bit_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  } else if constexpr (sizeof(S) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  } else {
+    const HalfWords words = bit_cast<HalfWords>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+    return load_as<T>(reinterpret_cast<const S*>(&words));
+  }
+#else
   alignas(kVectorBytes) S part[kLanes<T>] = {};
   __builtin_memcpy(part, p, static_cast<size_t>(n) * sizeof(S));
   return load_as<T>(part);
+#endif
 }
 template <class T, class S>
 NATRPB_INLINE void store_part(S* p, Vec<T> v, int64_t n) {
   alignas(kVectorBytes) S part[kLanes<T>];
   store_as(part, v);
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), _mm512_load_pd(part));
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), _mm512_load_ps(part));
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), _mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
+  }
+#else
   __builtin_memcpy(p, part, static_cast<size_t>(n) * sizeof(S));
+#endif
 }
 
 // ---- transposition ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Drop-ins for other libraries."""
 
+from . import irpe
 from .patch import patch
 
-__all__ = ["patch"]
+__all__ = ["irpe", "patch"]

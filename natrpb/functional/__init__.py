@@ -3,10 +3,15 @@
 This layer checks arguments and composes; the arithmetic is in `natrpb.ops` (compiled) or `natrpb.reference` (plain PyTorch).
 """
 
+from .irpe import irpe_attention, rpe_index
 from .neighborhood import na1d, na1d_av, na1d_qk, na2d, na2d_av, na2d_qk, na3d, na3d_av, na3d_qk
+from .relative import axial_attention, huang_attention, sasa_attention, shaw_attention, transformer_xl_attention
 from .window import window_attention
 
 __all__ = [
+    "axial_attention",
+    "huang_attention",
+    "irpe_attention",
     "na1d",
     "na1d_av",
     "na1d_qk",
@@ -16,5 +21,9 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "rpe_index",
+    "sasa_attention",
+    "shaw_attention",
+    "transformer_xl_attention",
     "window_attention",
 ]

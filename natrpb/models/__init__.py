@@ -1,4 +1,4 @@
-"""Models: NAT, DiNAT, DiNAT_s and their isotropic variants, Swin v1 and v2; one family per file."""
+"""Models: NAT, DiNAT, DiNAT_s and their isotropic variants, Swin v1 and v2, DeiT with iRPE; one family per file."""
 
 import sys
 
@@ -6,6 +6,7 @@ from ._base import Pyramid
 from ._checkpoint import load_weights
 from ._registry import create_model, list_models, register_model
 from ._timm import register_with_timm
+from .deit_irpe import DeiT
 from .dinat_s import DiNAT_s
 from .isotropic import IsotropicNAT
 from .nat import NAT
@@ -17,6 +18,7 @@ if "timm" in sys.modules:
 
 __all__ = [
     "NAT",
+    "DeiT",
     "DiNAT_s",
     "IsotropicNAT",
     "Pyramid",

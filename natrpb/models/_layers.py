@@ -108,11 +108,11 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, the last filled with zeros: [B, in_chans, H, W] -> [B, ceil(H/P), ceil(W/P), dim]."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

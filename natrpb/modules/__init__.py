@@ -1,5 +1,7 @@
 """Attention modules: parameters, initialisation and layout around the functional ops."""
 
+from .irpe import build_rpe, get_rpe_config, iRPE, iRPE_Cross, parse_rpe_config
+from .irpe_attention import RPEMultiheadAttention, iRPEAttention
 from .neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from .window import ContinuousPositionBias, WindowAttention, WindowAttentionV2
 
@@ -8,6 +10,13 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "RPEMultiheadAttention",
     "WindowAttention",
     "WindowAttentionV2",
+    "build_rpe",
+    "get_rpe_config",
+    "iRPE",
+    "iRPEAttention",
+    "iRPE_Cross",
+    "parse_rpe_config",
 ]

@@ -61,7 +61,8 @@ def register_vmap(name: str, head_axes: Sequence[int], out_head_axes: Sequence[i
     """Vectorises `natrpb::name` by folding the mapped dimension into the heads, which never meet in these ops.
 
     Args:
-        head_axes: for every leading tensor argument, the axis that holds its heads (negative: from the end).
+        head_axes: for every leading tensor argument, the axis that holds its heads (negative: from the end). Other tensors,
+            which all heads share, cannot be mapped.
         out_head_axes: the same for every output.
     """
     op = getattr(torch.ops.natrpb, name).default
@@ -80,6 +81,8 @@ def register_vmap(name: str, head_axes: Sequence[int], out_head_axes: Sequence[i
     def vmap(info, in_dims, *args):
         size = info.batch_size
         count = len(head_axes)
+        if any(isinstance(dim, int) for dim in in_dims[count:]):
+            raise ValueError(f"natrpb::{name} must be mapped over its first {count} arguments only, got in_dims {in_dims}")
         folded = [fold(x, d, axis, size) for x, d, axis in zip(args[:count], in_dims[:count], head_axes)]
         outputs = op(*folded, *args[count:])
         if isinstance(outputs, Tensor):

@@ -1,0 +1,7 @@
+// Image relative position encodings compiled for AVX2 with FMA and F16C: 8 floats or 4 doubles a vector.
+#if defined(__x86_64__)
+#define NATRPB_ISA avx2
+#define NATRPB_VECTOR_BYTES 32
+#define NATRPB_TARGET "avx2,fma,f16c"
+#include "cpu/irpe_isa.inl"
+#endif
