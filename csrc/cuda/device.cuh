@@ -24,16 +24,18 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(block_shared_memory);
 }
 
-// Bytes of shared memory that a block of the current device may ask for, and that a multiprocessor has.
-struct SharedMemoryLimits {
-  int64_t block, multiprocessor;
+// What the current device offers.
+struct DeviceLimits {
+  int64_t block_shared_bytes, multiprocessor_shared_bytes;
+  int32_t multiprocessors;
 };
-inline SharedMemoryLimits shared_memory_limits() {
-  int device = 0, block = 0, multiprocessor = 0;
+inline DeviceLimits device_limits() {
+  int device = 0, block = 0, multiprocessor = 0, count = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return {block, multiprocessor};
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return {block, multiprocessor, count};
 }
 
 // Queues kernel(params...) on `stream` (a cudaStream_t of the current device) for grid.x * grid.y * grid.z blocks of `threads`

@@ -33,10 +33,11 @@ int width_of(const LocalAttentionParams& params) {
 
 // Multiprocessors hold 64 Ki registers; see the kernels' launch bounds.
 TilingLimits limits_for(const LocalAttentionParams& params) {
-  const SharedMemoryLimits shared = shared_memory_limits();
+  const DeviceLimits device = device_limits();
   TilingLimits limits;
-  limits.block_bytes = shared.block;
-  limits.multiprocessor_bytes = shared.multiprocessor;
+  limits.block_bytes = device.block_shared_bytes;
+  limits.multiprocessor_bytes = device.multiprocessor_shared_bytes;
+  limits.multiprocessors = device.multiprocessors;
   limits.multiprocessor_warps = width_of(params) <= 32 ? 12 : 8;
   limits.most_tiles = kMaxCtaTiles;
   limits.bytes_per_cta = sizeof(CtaState);

@@ -7,9 +7,6 @@ namespace natrpb::cuda {
 
 namespace {
 
-// Fewer CTAs than this leave multiprocessors idle: smaller CTAs are then better than less traffic.
-constexpr int64_t kEnoughCtas = 264;
-
 bool same_structure(const AxisTiling& axis, int which, int32_t a, int32_t b) {
   const int64_t size = axis.length[which];
   const Interval rows_a = axis.rows_of(a, size), rows_b = axis.rows_of(b, size);
@@ -148,6 +145,7 @@ double cost_of_ctas(const Tiling& tiling, const LocalAttentionParams& params, in
                     const int32_t (&counts)[kAxes]) {
   constexpr double kNever = 1e300;
   constexpr double kPadding = 1.15;    // positions of the halo's layout that hold no column
+  constexpr double kEnoughCtas = 2;    // for every multiprocessor, so that none idles long
   constexpr double kEnoughWarps = 8;   // on a multiprocessor, to hide latencies
   constexpr double kSetup = 0.5;       // work of a CTA beside its tiles, in tiles per warp
   constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes for a CTA
@@ -167,7 +165,7 @@ double cost_of_ctas(const Tiling& tiling, const LocalAttentionParams& params, in
   if (bytes > limits.block_bytes) return kNever;
   const int64_t together = std::min(limits.multiprocessor_bytes / (bytes + kReserved), limits.multiprocessor_warps / warps);
   const double warps_together = static_cast<double>(std::max<int64_t>(together, 1) * warps);
-  const double idle = std::max(1.0, kEnoughCtas / ctas) * std::max(1.0, kEnoughWarps / warps_together);
+  const double idle = std::max(1.0, kEnoughCtas * limits.multiprocessors / ctas) * std::max(1.0, kEnoughWarps / warps_together);
   const double rounds = static_cast<double>(ceil_div(tiles, warps));
   const double work = (rounds + kSetup) * static_cast<double>(warps) / static_cast<double>(tiles);  // per tile
   return ctas * halo * idle * (0.5 + 0.5 * work);

@@ -164,6 +164,7 @@ struct TilingLimits {
   int64_t block_bytes = 0;           // shared memory of a CTA
   int64_t multiprocessor_bytes = 0;  // shared memory of all CTAs that run together
   int32_t multiprocessor_warps = 1;  // warps that registers allow to run together
+  int32_t multiprocessors = 1;       // of the device
   int32_t most_tiles = 1;            // warp tiles of a CTA
   int64_t bytes_per_cta = 0;         // shared memory beside the halo: once,
   int64_t bytes_per_warp = 0;        // for every warp,

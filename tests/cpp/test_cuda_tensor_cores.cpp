@@ -2,6 +2,7 @@
 // ragged ends, more columns than registers hold, tiles that stream through shared memory, and numbers that are not finite.
 // Built with the emulator, so the kernels' own source runs here, also under sanitizers.
 #include <algorithm>
+#include <cstdlib>
 
 #include "emulator.h"
 #include "local_attention_cuda.h"
@@ -180,9 +181,15 @@ void test_counters() {
 }  // namespace
 
 int main() {
+  // Blocks of as many warps as a case fills, then of few, as where a large device would else idle; then a device of less shared
+  // memory.
   test_dtype<Cuda, DType::kBFloat16>(small_cases(), {Layout::kHeadsLast});
+  setenv("NATRPB_EMULATOR_MULTIPROCESSORS", "132", 1);
   test_dtype<Cuda, DType::kFloat16>(small_cases(), {Layout::kPacked});
+  unsetenv("NATRPB_EMULATOR_MULTIPROCESSORS");
+  setenv("NATRPB_EMULATOR_SHARED", "101376", 1);
   test_dtype<Cuda, DType::kBFloat16>(wide_cases(), {Layout::kHeadsLast});
+  unsetenv("NATRPB_EMULATOR_SHARED");
   test_poisons();
   test_counters();
   return finish("cuda tensor cores");

@@ -395,7 +395,7 @@ void test_launches() {
   refused(dim3(1, 65536), 32, 0);
   setenv("NATRPB_EMULATOR_SHARED", "101376", 1);
   refused(dim3(1), 32, 101377);
-  check(natrpb::cuda::shared_memory_limits().block == 101376, [] { return "the limit of a smaller device"; });
+  check(natrpb::cuda::device_limits().block_shared_bytes == 101376, [] { return "the limit of a smaller device"; });
   unsetenv("NATRPB_EMULATOR_SHARED");
   check(count == 24, [] { return "a refused launch ran"; });
 }

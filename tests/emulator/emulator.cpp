@@ -323,6 +323,11 @@ int64_t shared_memory_limit() {
   return limit ? std::atoll(limit) : kSharedLimit;
 }
 
+int32_t multiprocessors() {
+  const char* count = std::getenv("NATRPB_EMULATOR_MULTIPROCESSORS");
+  return count ? std::atoi(count) : 1;
+}
+
 void fail_shuffle(const Collective& collective, const char* what, int64_t value, Site site) {
   fail(std::string(collective.name) + ": " + what + ": " + std::to_string(value), site);
 }

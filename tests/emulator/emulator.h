@@ -26,6 +26,7 @@
 //     ThreadSanitizer, bank conflicts of load_shared_16.
 // Environment variables, read at every launch:
 //   NATRPB_EMULATOR_ORDER=reverse  blocks, warps and lanes run from last to first: results must not depend on it;
+//   NATRPB_EMULATOR_MULTIPROCESSORS=n  of the device, 1 unless given: small cases then fill blocks of several warps
 //   NATRPB_EMULATOR_SHARED=bytes   what a block may ask for: 232448 as on sm_90 and sm_100 unless given, 166912 on sm_80,
 //                                  101376 on sm_120.
 #pragma once
@@ -75,6 +76,7 @@ void rendezvous(const Collective& collective, uint32_t mask, void* operands, Sit
 void block_barrier(Site site);
 void* block_shared_memory();
 int64_t shared_memory_limit();
+int32_t multiprocessors();
 inline int lane_index() { return static_cast<int>(threadIdx.x % kWarpSize); }
 
 // Ends the process with `problem`, the place, and where all lanes of the block wait.
@@ -213,13 +215,14 @@ T* shared_memory() {
   return static_cast<T*>(emulator::block_shared_memory());
 }
 
-struct SharedMemoryLimits {
-  int64_t block, multiprocessor;
+struct DeviceLimits {
+  int64_t block_shared_bytes, multiprocessor_shared_bytes;
+  int32_t multiprocessors;
 };
 // A multiprocessor has 1 KiB more than its largest block may ask for, on every architecture from sm_80 to sm_120.
-inline SharedMemoryLimits shared_memory_limits() {
+inline DeviceLimits device_limits() {
   const int64_t block = emulator::shared_memory_limit();
-  return {block, block + 1024};
+  return {block, block + 1024, emulator::multiprocessors()};
 }
 
 template <class... P>
