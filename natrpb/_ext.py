@@ -56,7 +56,14 @@ def _load_cuda_library() -> str | None:
 reason = _load_library()
 core = _load_core()
 cuda_reason = _load_cuda_library()
-compiled_devices = () if reason else ("cpu", "meta") if cuda_reason else ("cpu", "meta", "cuda")
+compiled_ops = {
+    device: frozenset(
+        name.removeprefix("natrpb::")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(device.upper())
+        if name.startswith("natrpb::")
+    )
+    for device in ("cpu", "cuda")
+}  # by device type, the ops that have kernels there
 
 
 def cuda_architectures() -> list[str]:
@@ -98,19 +105,22 @@ def _find_cuda_gap(index: int | None) -> str | None:
     )
 
 
-def runs_compiled(device: torch.device) -> bool:
-    """Whether compiled kernels serve tensors of this device; where not, says so once."""
+def runs_compiled(device: torch.device, op: str) -> bool:
+    """Whether compiled kernels of `op` serve tensors of this device; where not, says so once."""
+    if device.type == "meta" and reason is None:
+        return True
     gap = None
-    if device.type in compiled_devices:
+    if op in compiled_ops.get(device.type, ()):
         gap = _cuda_gap(device.index) if device.type == "cuda" else None
         if gap is None:
             return True
-    if device.type not in _warned:
-        _warned.add(device.type)
-        why = gap or reason or (cuda_reason if device.type == "cuda" else f"natrpb has no kernels for {device.type!r} tensors")
+    why = gap or reason or (cuda_reason if device.type == "cuda" else None)
+    what = f"{op} on {device.type}" if why is None else device.type
+    if what not in _warned:
+        _warned.add(what)
         warnings.warn(
-            f"natrpb runs on the plain PyTorch reference, which is slow and stores every attention weight: {why}. "
-            "See natrpb.info().",
+            "natrpb runs on the plain PyTorch reference, which is slow and stores every attention weight: "
+            f"{why or f'there are no kernels of {op} for {device.type!r} tensors'}. See natrpb.info().",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -134,10 +144,10 @@ def info() -> dict:
 
     Returns:
         A dict: version, torch, compiled (whether the compiled ops are loaded), reason (why not, or None), library (path),
-        isa (instruction set in use) and isa_available, threads, devices (with compiled kernels), fallbacks (device types
-        that ran on the plain PyTorch reference so far), cuda (a dict: loaded, whether the CUDA kernels are; reason, why they
-        are not or do not serve a GPU, or None; library; architectures they were compiled for; gpus), build (compiler and
-        torch of the build, nvcc and why there is no CUDA part).
+        isa (instruction set in use) and isa_available, threads, devices (with compiled kernels), fallbacks (device types, or
+        ops on one, that ran on the plain PyTorch reference so far), cuda (a dict: loaded, whether the CUDA kernels are; reason,
+        why they are not or do not serve a GPU, or None; library; architectures they were compiled for; gpus), build (compiler
+        and torch of the build, nvcc, and why there is no CUDA part).
     """
     from . import __version__
 

@@ -1,6 +1,6 @@
-"""What nvcc made of the CUDA kernels, read from the library that ships: registers, memory and instructions of every kernel.
+"""What nvcc made of the CUDA kernels, read from the library that ships.
 
-python -m tests.cuda_report [LIBRARY]      a table in Markdown
+python -m tests.cuda_report [LIBRARY]      registers of every kernel, as a table in Markdown
 """
 
 from __future__ import annotations
@@ -11,27 +11,24 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import natrpb
 
 LIBRARY = Path(natrpb.__file__).with_name("_C_cuda.so")
-TENSOR_CORE = ("HMMA", "LDSM", "LDGSTS")  # products, ldmatrix, cp.async
-LOCAL_MEMORY = ("LDL", "STL")
+TENSOR_CORE = {"HMMA", "LDSM", "LDGSTS"}  # products, ldmatrix, cp.async
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kernel:
     """One kernel as compiled for one architecture."""
 
     architecture: str
+    symbol: str
     name: str  # demangled, with template arguments, without parameters
     registers: int
-    stack: int  # bytes of local memory per thread: spills and arrays that did not fit registers
-    shared: int  # bytes of static shared memory, what the system reserves included
-    instructions: Counter = field(default_factory=Counter)  # by opcode without modifiers, as in HMMA
+    stack: int  # bytes of local memory per thread: spills, and arrays that did not fit registers
 
     @property
     def uses_tensor_cores(self) -> bool:
@@ -74,36 +71,28 @@ def demangled(names: list[str]) -> list[str]:
     ]
 
 
-def kernels(library: Path = LIBRARY, instructions_of: tuple[str, ...] = ()) -> list[Kernel]:
-    """Every kernel of the library for every architecture; those of `instructions_of` with their instructions."""
-    found, mangled = [], []
+def kernels(library: Path = LIBRARY) -> list[Kernel]:
+    """Every kernel of the library for every architecture."""
+    found = []
     for block in cuobjdump("--dump-resource-usage", str(library)).split("Fatbin elf code:")[1:]:
         architecture = re.search(r"arch = (\w+)", block)[1]
-        for name, registers, stack, shared in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", block):
-            found.append(Kernel(architecture, "", int(registers), int(stack), int(shared)))
-            mangled.append(name)
-    for kernel, name in zip(found, demangled(mangled), strict=True):
-        kernel.name = name
-    for architecture in instructions_of:
-        counts = _instructions(library, architecture)
-        for kernel, name in zip(found, mangled, strict=True):
-            if kernel.architecture == architecture:
-                kernel.instructions = counts[name]
-    return found
+        for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", block):
+            found.append((architecture, symbol, int(registers), int(stack)))
+    names = demangled([symbol for _, symbol, *_ in found])
+    return [Kernel(architecture, symbol, name, *rest) for (architecture, symbol, *rest), name in zip(found, names, strict=True)]
 
 
-def _instructions(library: Path, architecture: str) -> dict[str, Counter]:
-    """Opcodes of every kernel compiled for `architecture`, by mangled name."""
-    counts: dict[str, Counter] = {}
-    for block in cuobjdump("--dump-sass", "--gpu-architecture", architecture, str(library)).split("Function : ")[1:]:
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", block, re.MULTILINE)
-        counts[block.split(maxsplit=1)[0]] = Counter(opcodes)
-    return counts
+def opcodes(architecture: str, chosen: list[Kernel], library: Path = LIBRARY) -> dict[str, set[str]]:
+    """The opcodes, without modifiers, of the chosen kernels as compiled for one architecture, by symbol."""
+    symbols = ",".join(kernel.symbol for kernel in chosen)
+    listing = cuobjdump("--dump-sass", "--gpu-architecture", architecture, "--function", symbols, str(library))
+    blocks = listing.split("Function : ")[1:]
+    return {block.split(maxsplit=1)[0]: set(re.findall(r"\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", block)) for block in blocks}
 
 
 def main() -> None:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY
-    architectures = sorted(name for name in images(library) if name.startswith("sm_"))
+    architectures = sorted((name for name in images(library) if name.startswith("sm_")), key=lambda name: (len(name), name))
     table: dict[str, dict[str, Kernel]] = {}
     for kernel in kernels(library):
         table.setdefault(kernel.name, {})[kernel.architecture] = kernel

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import natrpb
+from natrpb import _ext
 
 PACKAGE = Path(natrpb.__file__).parent
 SCRIPT = """
@@ -72,3 +74,28 @@ def test_info_names_what_runs():
     assert info["version"] == natrpb.__version__ and info["torch"] == torch.__version__
     if info["compiled"]:
         assert info["reason"] is None and info["isa"] in info["isa_available"] and "cpu" in info["devices"]
+
+
+def test_an_op_without_kernels_falls_back_alone(monkeypatch):
+    monkeypatch.setattr(_ext, "cuda_reason", None)
+    monkeypatch.setattr(_ext, "compiled_ops", {"cuda": frozenset({"local_qk"})})
+    monkeypatch.setattr(_ext, "_cuda_gap", lambda index: None)
+    monkeypatch.setattr(_ext, "_warned", set())
+    device = torch.device("cuda")
+    assert _ext.runs_compiled(device, "local_qk")
+    with pytest.warns(RuntimeWarning, match="there are no kernels of rpe_index for 'cuda' tensors"):
+        assert not _ext.runs_compiled(device, "rpe_index")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _ext.runs_compiled(device, "rpe_index"), "said once"
+    assert natrpb.info()["fallbacks"] == ["rpe_index on cuda"]
+
+
+def test_a_gpu_that_the_kernels_do_not_serve_falls_back(monkeypatch):
+    gap = "the CUDA kernels were compiled for sm_80, which does not serve this GPU"
+    monkeypatch.setattr(_ext, "cuda_reason", None)
+    monkeypatch.setattr(_ext, "compiled_ops", {"cuda": frozenset({"local_qk"})})
+    monkeypatch.setattr(_ext, "_cuda_gap", lambda index: gap)
+    monkeypatch.setattr(_ext, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=gap):
+        assert not _ext.runs_compiled(torch.device("cuda"), "local_qk")

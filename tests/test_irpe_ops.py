@@ -331,7 +331,7 @@ def test_reference_serves_devices_without_kernels(monkeypatch):
     expected = results(ops.irpe_attention, inputs)
     x, y, index = index_case(2, 2, 4, 5, 3)
     spread, summed = ops.rpe_index(x, index), ops.rpe_index_transposed(y, index, 3)
-    monkeypatch.setattr(_ext, "compiled_devices", ())
+    monkeypatch.setattr(_ext, "compiled_ops", {})
     monkeypatch.setattr(_ext, "_warned", set())
     with pytest.warns(RuntimeWarning, match="plain PyTorch reference"):
         ours = results(ops.irpe_attention, inputs)
@@ -346,4 +346,4 @@ def test_reference_serves_devices_without_kernels(monkeypatch):
 
 @needs_compiled
 def test_compiled_ops_are_what_is_tested():
-    assert _ext.runs_compiled(torch.device("cpu")) and ops_irpe.irpe_attention is ops.irpe_attention
+    assert _ext.runs_compiled(torch.device("cpu"), "irpe_attention_forward") and ops_irpe.irpe_attention is ops.irpe_attention

@@ -77,6 +77,7 @@ struct alignas(128) Place {
     group[a] = static_cast<int32_t>(index / ctas);
     which[a] = axis.length_of(group[a]);
     halo[a] = p.halos[p.tiling.halo_base[a] + which[a] * axis.ctas + cta[a]];
+    if (a != 0) return;
     batch = batch_;
     head = head_;
   }

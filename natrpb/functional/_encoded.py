@@ -34,7 +34,8 @@ def attend(query, key, value, key_table, query_table, value_table, bias_table, c
     tensors = (query, key, value, key_table, query_table, value_table, bias_table)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     traced = torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    if differentiated and not traced and any(x is not None for x in tensors[3:6]) and _ext.runs_compiled(query.device):
+    encoded = any(x is not None for x in tensors[3:6])
+    if differentiated and not traced and encoded and _ext.runs_compiled(query.device, "irpe_attention_forward"):
         return _Encoded.apply(*tensors, *call)
     return _composed(tensors, call)
 

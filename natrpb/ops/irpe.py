@@ -22,14 +22,14 @@ from .local_attention import _heads_first, _heads_last, _on_reference, _wide
 
 def rpe_index(x: Tensor, index: Tensor) -> Tensor:
     """See `natrpb.reference_irpe.rpe_index`: x [B, h, Nq, C] and index [Nq, Nk] in, [B, h, Nq, Nk] out."""
-    if not _ext.runs_compiled(x.device):
+    if not _ext.runs_compiled(x.device, "rpe_index"):
         return reference.rpe_index(x, index)
     return torch.ops.natrpb.rpe_index(x, index)
 
 
 def rpe_index_transposed(y: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     """See `natrpb.reference_irpe.rpe_index_transposed`: y [B, h, Nq, Nk] and index in, [B, h, Nq, num_buckets] out."""
-    if not _ext.runs_compiled(y.device):
+    if not _ext.runs_compiled(y.device, "rpe_index_transposed"):
         return reference.rpe_index_transposed(y, index, num_buckets)
     return torch.ops.natrpb.rpe_index_transposed(y, index, num_buckets)
 
@@ -53,7 +53,7 @@ def irpe_attention(
     """See `natrpb.reference_irpe.irpe_attention`: heads-last query, key, value in, (out, lse, binned) out."""
     floats = (query, key, value, query_rows, key_rows, table)
     rest = (index_k, index_q, index_t, index_v, num_buckets, key_padding_mask, attn_mask, scale)
-    if not _ext.runs_compiled(query.device):
+    if not _ext.runs_compiled(query.device, "irpe_attention_forward"):
         return _reference(floats, rest)
     table = None if table is None else table.to(_wide(query.dtype))
     out, lse, binned = torch.ops.natrpb.irpe_attention_forward(*floats[:5], table, *rest)

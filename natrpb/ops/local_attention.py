@@ -23,7 +23,7 @@ _NEG_INF = float("-inf")
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, pattern: Pattern, scale: float):
     """See `natrpb.reference.local_attention`: heads-last tensors in, (out, lse) out; rpb in any float dtype."""
-    if not _ext.runs_compiled(query.device):
+    if not _ext.runs_compiled(query.device, "local_attention_forward"):
         return _on_reference(reference.local_attention, 3, query, key, value, rpb, pattern, scale)
     rpb = None if rpb is None else rpb.to(_wide(query.dtype))
     return torch.ops.natrpb.local_attention_forward(query, key, value, rpb, *pattern, scale)
@@ -31,7 +31,7 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | Non
 
 def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, fill: float = _NEG_INF) -> Tensor:
     """See `natrpb.reference.local_qk`: heads-first tensors in, [B, h, *, T] out; rpb in any float dtype."""
-    if not _ext.runs_compiled(query.device):
+    if not _ext.runs_compiled(query.device, "local_qk"):
         return _on_reference(reference.local_qk, 2, query, key, rpb, pattern, fill)
     rpb = None if rpb is None else rpb.to(_wide(query.dtype))
     return torch.ops.natrpb.local_qk(query, key, rpb, *pattern, fill)
@@ -39,21 +39,21 @@ def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, f
 
 def local_av(attn: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_av`: attn [B, h, *, T] and value [B, h, *, Dv] of one dtype in, [B, h, *, Dv] out."""
-    if not _ext.runs_compiled(value.device):
+    if not _ext.runs_compiled(value.device, "local_av"):
         return _on_reference(reference.local_av, 2, attn, value, pattern)
     return torch.ops.natrpb.local_av(attn, value, *pattern)
 
 
 def local_av_transposed(attn: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_av_transposed`: attn [B, h, *, T] and x [B, h, *, D] in, one row per key out."""
-    if not _ext.runs_compiled(x.device):
+    if not _ext.runs_compiled(x.device, "local_av_transposed"):
         return reference.local_av_transposed(attn, x, pattern)
     return torch.ops.natrpb.local_av_transposed(attn, x, *pattern)
 
 
 def local_bias_grad(dattn: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_bias_grad`; the table comes in fp32 (fp64 for fp64)."""
-    if not _ext.runs_compiled(dattn.device):
+    if not _ext.runs_compiled(dattn.device, "local_bias_grad"):
         return reference.local_bias_grad(dattn.to(_wide(dattn.dtype)), pattern)
     return torch.ops.natrpb.local_bias_grad(dattn, *pattern)
 

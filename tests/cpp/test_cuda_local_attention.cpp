@@ -2,6 +2,9 @@
 // source runs here, also under sanitizers.
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "local_attention_definition.h"
 
 namespace {
@@ -83,8 +86,17 @@ void test_offsets_beyond_32_bits() {
   void* sparse = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   check(sparse != MAP_FAILED, [] { return std::string("no address space for the sparse tensor"); });
   if (sparse == MAP_FAILED) return;
-  check(results_at_stride(static_cast<uint16_t*>(sparse), kFar) == results_at_stride(compact.data(), kNear),
-        [] { return std::string("results depend on strides beyond 32 bits"); });
+  const std::vector<uint16_t> far = results_at_stride(static_cast<uint16_t*>(sparse), kFar);
+  const std::vector<uint16_t> near = results_at_stride(compact.data(), kNear);
+  // Not bit by bit: the tensor-core kernels leave such strides to the plain ones.
+  using Half = Storage<DType::kFloat16>;
+  double largest = 0;
+  for (const uint16_t x : near) largest = std::max(largest, std::abs(Half::load(x)));
+  for (size_t i = 0; i < near.size(); ++i) {
+    const double got = Half::load(far[i]), want = Half::load(near[i]);
+    check(std::abs(got - want) <= 4 * Half::kEpsilon * largest,
+          [&] { return "strides beyond 32 bits: expected " + std::to_string(want) + ", got " + std::to_string(got); });
+  }
   munmap(sparse, kBytes);
 }
 
