@@ -38,6 +38,8 @@ help:
 	@echo 'PYTHON=python3.12 makes $(VENV) with another Python, VENV=dir puts it elsewhere;'
 	@echo 'TORCH=2.12.0 (or a full requirement) takes another torch, in every command it is given to.'
 
+# On the CPU: the CUDA kernels, minutes of compiling, wait for `make build`.
+demo: export NATRPB_CUDA ?= 0
 demo: build $(STAMPS)/demo
 	$(PY) -m examples.digits
 
