@@ -20,7 +20,7 @@ CUDA_TO_TEST := $(or $(CUDA_TOOLKIT),$(abspath $(VENV))/cuda/nvidia/cu13)
 CUDA_ARCHITECTURES := 8.0;9.0;10.0;12.0+PTX
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint format cpp-test cuda-check emulator-test wheel clean FORCE
+.PHONY: help demo test bench build lint format cpp-test cuda-check emulator-test gpu-check wheel clean FORCE
 
 help:
 	@echo 'make demo       train a small NAT on handwritten digits and write pictures of what it learned'
@@ -32,6 +32,7 @@ help:
 	@echo 'make cpp-test   the C++ tests only, those of the emulated CUDA kernels included'
 	@echo 'make cuda-check compile the CUDA kernels for every architecture and look at the machine code; needs no GPU'
 	@echo 'make emulator-test  the Python tests of the ops, on the emulated CUDA kernels'
+	@echo 'make gpu-check  on a machine with a GPU: build, tests, sanitizers, benchmarks, counters; PART=tests does one of them'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built (not $(VENV))'
 	@echo
@@ -94,6 +95,13 @@ test cuda-check: export NVCC_APPEND_FLAGS := -Xptxas=-warn-spills,-Werror
 
 cuda-check: build $(STAMPS)/test
 	$(PY) -m pytest tests/test_cuda_build.py
+
+# With PYTHON on the command line that Python runs it as it stands, without $(VENV): all it needs must be installed there.
+GPU_PYTHON := $(if $(findstring command line,$(origin PYTHON)),$(PYTHON),$(PY))
+PART ?= build tests sanitize bench ncu
+
+gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMPS)/test)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(addprefix --part ,$(PART)) $(GPU_CHECK_FLAGS)
 
 wheel: $(STAMPS)/requirements
 	rm -rf build/lib* build/bdist*

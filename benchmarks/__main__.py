@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import natrpb
 
-from . import machine, plots, report
-from .cases import all_workloads, quick_workloads
+from . import cases, gpu, gpu_cases, gpu_run, machine, plots, report
 from .harness import Workload, exact_results, measure
 
+INCOMPLETE = 3  # exit status where time ran out
 RESULTS = machine.ROOT / "benchmarks" / "results"
 PAGE = machine.ROOT / "docs" / "benchmarks.md"
 IMAGES = "images/benchmarks"  # beside the page
@@ -41,11 +41,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--case", metavar="PATTERN", action="append", help="names with PATTERN in them, or matching it (* ? []); repeatable"
     )
-    parser.add_argument("--quick", action="store_true", help="a minute's worth: three cases, nothing compiled")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what is timed; cuda has cases of its own")
+    parser.add_argument("--quick", action="store_true", help="a minute's worth: a few cases, nothing compiled")
     parser.add_argument("--threads", type=thread_counts, metavar="N,N", help="thread counts, default 1 and all cores")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing a line (default 0.8, quick 0.3)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where results go; a full run has a default in benchmarks/results"
+    )
+    parser.add_argument(
+        "--without",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="on a GPU, leave out peers with PATTERN in their names",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="on a GPU, begin no case after so long; the same --json continues the run"
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write the scaling plots there")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
@@ -55,7 +66,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="put the tables and plots of a results file into docs/benchmarks.md and leave",
     )
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.device == "cpu" and (given.without or given.minutes):
+        parser.error("--without and --minutes go with --device cuda")
+    if given.device == "cuda" and (given.threads or given.plot):
+        parser.error("--threads and --plot go with --device cpu")
+    return given
 
 
 def chosen(workloads: list[Workload], patterns: list[str] | None) -> list[Workload]:
@@ -92,7 +108,7 @@ def run(workloads: list[Workload], threads: list[int], budget: float, console: C
 
 def write_docs(path: Path) -> None:
     results = report.Results.load(path)
-    images = plots.draw(results, PAGE.parent / IMAGES)
+    images = [] if results.on_gpu else plots.draw(results, PAGE.parent / IMAGES)
     extra = "".join(f"\n![{image.stem.replace('-', ' ')}]({IMAGES}/{image.name})\n" for image in images)
     report.write_docs(results, PAGE, extra)
 
@@ -103,32 +119,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.write_docs:
         write_docs(given.write_docs)
         return 0
-    workloads = chosen(quick_workloads() if given.quick else all_workloads(), given.case)
+    suite = gpu_cases if given.device == "cuda" else cases
+    workloads = chosen(suite.quick_workloads() if given.quick else suite.all_workloads(), given.case)
     if given.list:
         console.print("\n".join(f"{workload.group}: {workload.name}" for workload in workloads), markup=False, highlight=False)
         return 0
     if not workloads:
         console.print(f"no case matches {given.case}; --list names them", markup=False)
         return 2
-    if not natrpb.info()["compiled"]:
-        console.print(f"nothing to time: {natrpb.info()['reason']}", markup=False)
+    info = natrpb.info()
+    if reason := info["cuda"]["reason"] if given.device == "cuda" else info["reason"]:
+        console.print(f"nothing to time: {reason}", markup=False)
         return 2
     start = time.monotonic()
-    threads = given.threads or sorted({1, torch.get_num_threads()})
-    results = run(workloads, threads, given.budget or (0.3 if given.quick else 0.8), console)
+    budget = given.budget or (0.3 if given.quick else 0.8)
+    path, left = given.json, []
+    if path is None and not given.quick and not given.case:
+        described = gpu.describe() if given.device == "cuda" else machine.describe()
+        path = RESULTS / f"{machine.slug(described)}-{datetime.date.today().isoformat()}.json"
+    if given.device == "cuda":
+        results, left = gpu_run.run(workloads, budget, console, path, given.without, given.minutes)
+    else:
+        results = run(workloads, given.threads or sorted({1, torch.get_num_threads()}), budget, console)
+        if path:
+            results.save(path)
     console.print("\n".join(report.header(results)), markup=False, highlight=False)
     for part in report.terminal_tables(results):
         console.print(part, highlight=False)
-    path = given.json
-    if path is None and not given.quick and not given.case:
-        path = RESULTS / f"{machine.slug(results.machine)}-{results.date}.json"
     if path:
-        results.save(path)
         console.print(f"results in {path}", markup=False, highlight=False)
     if given.plot:
         console.print("plots: " + ", ".join(map(str, plots.draw(results, given.plot))), markup=False, highlight=False)
+    if left:
+        console.print(f"not begun, for lack of time: {', '.join(left)}", markup=False, highlight=False)
     console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
-    return 1 if results.refused else 0
+    return 1 if results.refused else INCOMPLETE if left else 0
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ def relative_error(given: Tensor, exact: Tensor) -> float:
 def exact_results(problem: Problem, without: tuple[str, ...] = ()) -> Tensors:
     """The fp64 answer for the problem's (already rounded) inputs, or for those of them that are not left out."""
     tensors = {name: tensor.double() for name, tensor in problem.tensors.items() if name not in without}
-    return problem.exact(tensors, None if problem.dout is None else problem.dout.double())
+    with next(iter(tensors.values())).device:  # index tables, too
+        return problem.exact(tensors, None if problem.dout is None else problem.dout.double())
 
 
 def autograd_results(function: Callable[..., Tensor]) -> Callable[[Tensors, Tensor | None], Tensors]:

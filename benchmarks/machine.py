@@ -18,8 +18,10 @@ import torch
 import natrpb
 from natrpb import _ext
 
+from . import units
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "natten", "timm")
+PACKAGES = ("torch", "triton", "numpy", "natten", "timm")
 STREAM_FLOATS = 1 << 24  # 64 MiB an array and thread, beyond the caches
 
 
@@ -62,7 +64,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     build = natrpb.info()["build"]
-    return found | ({"compiler": build["compiler"]} if build else {})
+    return (
+        found
+        | ({"compiler": build["compiler"]} if build else {})
+        | ({"nvcc": build["nvcc"]} if build and build["nvcc"] else {})
+    )
 
 
 def commit() -> str | None:
@@ -78,9 +84,9 @@ def commit() -> str | None:
 
 
 def slug(machine: dict) -> str:
-    """A file name for results, as in intel-xeon-2c-avx512."""
-    words = re.sub(r"\(r\)|\(tm\)|cpu|processor", " ", machine["name"].lower())
-    return "-".join([*re.findall(r"[a-z0-9.]+", words), f"{machine['cores']}c", machine["isa"] or "none"])
+    """A file name for results, as in intel-xeon-2c-avx512 or nvidia-h200."""
+    name = units.slug(machine["name"])
+    return name if machine["device"] == "cuda" else f"{name}-{machine['cores']}c-{machine['isa'] or 'none'}"
 
 
 def together(measure: Callable[[], float], threads: int) -> float:

@@ -58,7 +58,7 @@ def attention_flops(model: torch.nn.Module, side: int, batch: int, train: bool) 
 
     def record(query, key, value, rpb, pattern: Pattern, scale: float):
         heads, head_dim = query.shape[-2:]
-        valid = pattern_index(pattern, tuple(query.shape[1:-2]))[2]
+        valid = pattern_index(pattern, tuple(query.shape[1:-2]), query.device)[2]
         pairs = int(valid.sum()) * query.shape[0] * heads
         sizes.append((useful_flops(pairs, head_dim, train), attention_bytes(query.numel(), query.element_size(), train)))
         return value, None

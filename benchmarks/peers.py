@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natrpb import reference
 from natrpb.patterns import NEIGHBORHOOD, Pattern
@@ -20,7 +21,8 @@ from tests.cases import Case
 
 from .harness import Contender, Layout, Tensors, Unavailable
 
-DENSE_LIMIT = 1 << 30  # bytes; larger dense tensors are not tried
+DENSE_LIMIT = {"cpu": 1 << 30, "cuda": 16 << 30}  # bytes; larger dense tensors are not tried
+BIAS_ALIGNMENT = 16  # entries from one row of a bias to the next, for SDPA's memory-efficient back end
 
 
 def per_tensor(convert: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], *names: str) -> Layout:
@@ -36,29 +38,41 @@ def per_tensor(convert: Callable[[Tensor], Tensor], back: Callable[[Tensor], Ten
 HEADS_FIRST = per_tensor(
     lambda x: x.movedim(-2, 1).contiguous(), lambda x: x.movedim(1, -2), "query", "key", "value", "dout", "out"
 )
-pattern_index = functools.lru_cache(maxsize=64)(reference.pattern_index)
+pattern_index = functools.lru_cache(maxsize=64)(reference.pattern_index)  # (pattern, spatial, device)
 
 
-def rows(x: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def has_empty_slots(pattern: Pattern, spatial: tuple[int, ...]) -> bool:
+    """Whether some query has fewer keys than slots, as at the border of a causal or shifted window."""
+    return not bool(reference.pattern_index(pattern, spatial)[2].all())
+
+
+def rows(x: Tensor, keys: Tensor, empty: Tensor | None) -> Tensor:
     """Every query's keys or values: x [B, h, *, d] -> [B, h, N, T, d]; zero where a slot holds no key."""
     gathered = x.flatten(2, -2)[:, :, keys]
-    return gathered if bool(valid.all()) else gathered.masked_fill(~valid[..., None], 0)
+    return gathered if empty is None else gathered.masked_fill(empty[..., None], 0)
+
+
+def tables(pattern: Pattern, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and table entries of every query of heads-first x, and which slots are empty, None where no slot is."""
+    spatial = tuple(x.shape[2:-1])
+    keys, relative, valid = pattern_index(pattern, spatial, x.device)
+    return keys, relative, ~valid if has_empty_slots(pattern, spatial) else None
 
 
 def gathered_scores(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern) -> Tensor:
     """[B, h, N, T] from heads-first tensors, by advanced indexing."""
-    keys, relative, valid = pattern_index(pattern, tuple(query.shape[2:-1]))
-    scores = torch.einsum("bhnd,bhntd->bhnt", query.flatten(2, -2), rows(key, keys, valid))
+    keys, relative, empty = tables(pattern, query)
+    scores = torch.einsum("bhnd,bhntd->bhnt", query.flatten(2, -2), rows(key, keys, empty))
     if rpb is not None:
         scores = scores + rpb.flatten(1)[:, relative]
-    return scores if bool(valid.all()) else scores.masked_fill(~valid, float("-inf"))
+    return scores if empty is None else scores.masked_fill(empty, float("-inf"))
 
 
 def gathered_sums(weights: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """[B, h, *, d] from weights [B, h, N, T] and heads-first values."""
-    spatial = value.shape[2:-1]
-    keys, _, valid = pattern_index(pattern, tuple(spatial))
-    return torch.einsum("bhnt,bhntd->bhnd", weights, rows(value, keys, valid)).unflatten(2, spatial)
+    keys, _, empty = tables(pattern, value)
+    return torch.einsum("bhnt,bhntd->bhnd", weights, rows(value, keys, empty)).unflatten(2, value.shape[2:-1])
 
 
 def gathered_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, pattern: Pattern, scale: float) -> Tensor:
@@ -78,9 +92,9 @@ def compiled_gather(case: Case) -> Contender:
     """torch.compile of the gather: the index tables become inputs of the graph."""
 
     def build() -> Callable[..., Tensor]:
-        keys, relative, valid = pattern_index(case.pattern, case.spatial)
-        if not bool(valid.all()):
+        if has_empty_slots(case.pattern, case.spatial):
             raise Unavailable("compiled for patterns without empty slots only")
+        keys, relative, _ = pattern_index(case.pattern, case.spatial, torch.get_default_device())
         scale = case.head_dim**-0.5
 
         def attend(query, key, value, rpb, keys, relative):
@@ -96,11 +110,27 @@ def compiled_gather(case: Case) -> Contender:
 
 def dense_bias(rpb: Tensor, case: Case) -> Tensor:
     """The bias of every pair of positions, -inf for pairs outside the pattern: [h, *rpb_shape] -> [h, N, N]."""
-    keys, relative, valid = pattern_index(case.pattern, case.spatial)
+    keys, relative, valid = pattern_index(case.pattern, case.spatial, rpb.device)
     positions = keys.shape[0]
-    pairs = (torch.arange(positions)[:, None] * positions + keys)[valid]
+    pairs = (torch.arange(positions, device=rpb.device)[:, None] * positions + keys)[valid]
     dense = rpb.new_full((rpb.shape[0], positions * positions), float("-inf"))
     return dense.index_copy(1, pairs, rpb.flatten(1)[:, relative[valid]]).unflatten(1, (positions, positions))
+
+
+def fused_sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """scaled_dot_product_attention; on a GPU by its memory-efficient back end, the only fused one with a bias gradient."""
+    if not query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """[..., N, N] with rows as SDPA's memory-efficient back end wants them; it would copy others in every call."""
+    columns = bias.shape[-1]
+    if not bias.is_cuda or columns % BIAS_ALIGNMENT == 0:
+        return bias
+    return F.pad(bias, (0, -columns % BIAS_ALIGNMENT))[..., :columns]
 
 
 def sdpa(case: Case, train: bool) -> Contender:
@@ -109,18 +139,17 @@ def sdpa(case: Case, train: bool) -> Contender:
     def build() -> Callable[..., Tensor]:
         positions = torch.Size(case.spatial).numel()
         size = 4 * case.heads * positions**2 * (case.batch if train else 1)
-        if size > DENSE_LIMIT:
+        if size > DENSE_LIMIT[torch.get_default_device().type]:
             raise Unavailable(f"{'attention weights' if train else 'dense bias'} of {size / 1e9:.1f} GB")
         kept = {}
 
         def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
             if train:
-                bias = dense_bias(rpb, case)
+                bias = aligned(dense_bias(rpb, case))
             else:
-                bias = kept["bias"] if kept else kept.setdefault("bias", dense_bias(rpb, case))
+                bias = kept["bias"] if kept else kept.setdefault("bias", aligned(dense_bias(rpb, case)))
             flat = (x.flatten(2, -2) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(*flat, attn_mask=bias.expand(case.batch, -1, -1, -1))
-            return out.unflatten(2, case.spatial)
+            return fused_sdpa(*flat, bias.expand(case.batch, -1, -1, -1)).unflatten(2, case.spatial)
 
         return attend
 
@@ -135,7 +164,7 @@ def unfold(case: Case) -> Contender:
         if set(stride + dilation) != {1} or set(kind) != {NEIGHBORHOOD}:
             raise Unavailable("sliding windows have no stride, dilation or causality")
         firsts = [(torch.arange(length) - k // 2).clamp(min=0, max=length - k) for length, k in zip(case.spatial, kernel_size)]
-        _, relative, _ = pattern_index(case.pattern, case.spatial)
+        _, relative, _ = pattern_index(case.pattern, case.spatial, torch.get_default_device())
         scale = case.head_dim**-0.5
 
         def windows(x: Tensor) -> Tensor:
@@ -154,55 +183,6 @@ def unfold(case: Case) -> Contender:
         return attend
 
     return Contender("unfold", build, HEADS_FIRST)
-
-
-def flex(case: Case, train: bool) -> Contender:
-    """FlexAttention, compiled, with the table captured by score_mod."""
-
-    def build() -> Callable[..., Tensor]:
-        if train:
-            raise Unavailable("FlexAttention has no backward on CPUs")
-        kernel_size, stride, dilation, kind, _ = case.pattern
-        if set(stride + dilation) != {1} or set(kind) != {NEIGHBORHOOD}:
-            raise Unavailable("written for plain neighborhoods only")
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        positions = torch.Size(case.spatial).numel()
-
-        def offsets(i: Tensor, j: Tensor) -> list[tuple[Tensor, Tensor]]:
-            """Per axis: key minus first key of the query's window, key minus query."""
-            pairs = []
-            for length, k in zip(reversed(case.spatial), reversed(kernel_size)):
-                p, q, i, j = i % length, j % length, i // length, j // length
-                pairs.append((q - (p - k // 2).clamp(min=0, max=length - k), q - p))
-            return pairs[::-1]
-
-        def mask_mod(b, h, i, j):
-            inside = torch.ones_like(i, dtype=torch.bool)
-            for (from_first, _), k in zip(offsets(i, j), kernel_size):
-                inside = inside & (from_first >= 0) & (from_first < k)
-            return inside
-
-        mask = create_block_mask(mask_mod, None, None, positions, positions, device="cpu")
-
-        @functools.partial(torch.compile, dynamic=False)
-        def flat_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-            def score_mod(score, b, h, i, j):
-                index = torch.zeros_like(i)
-                for (_, relative), k in zip(offsets(i, j), kernel_size):
-                    index = index * (2 * k - 1) + (relative + k - 1).clamp(min=0, max=2 * k - 2)
-                return score + table[h, index]
-
-            return flex_attention(query, key, value, score_mod=score_mod, block_mask=mask)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
-            # NB: torch 2.13 fails to lower views of flex_attention's inputs inside the graph on a CPU.
-            flat = (x.flatten(2, -2) for x in (query, key, value))
-            return flat_attention(*flat, rpb.flatten(1)).unflatten(2, case.spatial)
-
-        return attend
-
-    return Contender("FlexAttention", build, HEADS_FIRST)
 
 
 def natten_functions(case: Case) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

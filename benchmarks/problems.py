@@ -12,7 +12,7 @@ import natrpb
 from natrpb import ops, reference
 from tests.cases import Case
 
-from . import peers, windows
+from . import flex, peers, windows
 from .harness import AS_IS, OURS, TOLERANCE, Contender, Layout, Problem, Tensors, autograd_results
 
 
@@ -37,24 +37,33 @@ def attention_bytes(elements: int, itemsize: int, train: bool) -> int:
 
 def pairs_of(case: Case) -> int:
     """(query, key) pairs of all heads and the whole batch; a causal or cut-off window has fewer than its slots."""
-    valid = peers.pattern_index(case.pattern, case.spatial)[2]
+    valid = peers.pattern_index(case.pattern, case.spatial, torch.device("cpu"))[2]
     return case.batch * case.heads * int(valid.sum())
 
 
+EXACT_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the keys that the reference gathers at a time
+
+
 def exact_attention(case: Case) -> Callable[[Tensors, Tensor | None], Tensors]:
-    """The reference in fp64, one head of one sample at a time to bound its memory."""
+    """The reference in fp64, a few samples, or heads of one, at a time to bound its memory."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None = None) -> Tensor:
+        return reference.local_attention(query, key, value, rpb, case.pattern, case.head_dim**-0.5)[0]
 
     def exact(tensors: Tensors, dout: Tensor | None) -> Tensors:
-        scale = case.head_dim**-0.5
-        run = autograd_results(lambda **x: reference.local_attention(*x.values(), case.pattern, scale)[0])
-        results = {"out": torch.empty_like(tensors["value"])}
+        run, value = autograd_results(attend), tensors["value"]
+        results = {"out": torch.empty_like(value)}
         if dout is not None:
             results |= {name: torch.zeros_like(x) for name, x in tensors.items()}
-        for b in range(case.batch):
-            for h in range(case.heads):
+        each = torch.Size(case.spatial).numel() * case.pattern.num_slots * case.head_dim  # elements of one head of a sample
+        at_once = max(1, EXACT_ELEMENTS[value.device.type] // each)
+        heads = min(case.heads, at_once)
+        samples = max(1, at_once // case.heads)
+        for b in range(0, case.batch, samples):
+            for h in range(0, case.heads, heads):
 
                 def part(name: str, x: Tensor, b: int = b, h: int = h) -> Tensor:
-                    return x[h : h + 1] if name == "rpb" else x[b : b + 1, ..., h : h + 1, :]
+                    return x[h : h + heads] if name == "rpb" else x[b : b + samples, ..., h : h + heads, :]
 
                 here = run({name: part(name, x) for name, x in tensors.items()}, None if dout is None else part("dout", dout))
                 for name, x in here.items():
@@ -71,7 +80,7 @@ def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: It
         "unfold": lambda: peers.unfold(case),
         "SDPA": lambda: peers.sdpa(case, train),
         "torch.compile": lambda: peers.compiled_gather(case),
-        "FlexAttention": lambda: peers.flex(case, train),
+        "FlexAttention": lambda: flex.neighborhood(case, train),
         "NATTEN": lambda: peers.natten(case),
     }
     attend = getattr(natrpb, f"na{case.ndim}d")
@@ -104,7 +113,7 @@ def window_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
     )
 
 
-def block_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
+def block_problem(case: Case, dtype: torch.dtype, train: bool, compiled: bool = False) -> Problem:
     channels = case.heads * case.head_dim
     x = torch.randn(case.batch, *case.spatial, channels, dtype=dtype)
     tensors = dict(
@@ -124,7 +133,7 @@ def block_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
         tensors=tensors,
         dout=torch.randn_like(x) if train else None,
         exact=autograd_results(windows.block(attend, case.heads)),
-        contenders=windows.block_contenders(case, dtype, train),
+        contenders=windows.block_contenders(case, dtype, train, compiled),
         flops=useful_flops(pairs_of(case), case.head_dim, train) + projections,
         bytes=(5 if train else 2) * x.numel() * dtype.itemsize,  # x, out; dout, x, dx
         tolerance=5 * TOLERANCE[dtype],

@@ -11,8 +11,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from . import gpu_report
 from .harness import OURS, Line
 from .timing import Timing
+from .units import megabytes, milliseconds, rate
 
 HEADINGS = [
     "case", "threads", "ms, median (minimum)", "GFLOP/s (of FMA peak)", "GB/s (of triad)", "peak MB", "peers, times our median",
@@ -29,6 +31,10 @@ class Results:
     versions: dict[str, str]
     yardsticks: dict[int, dict[str, float]] = field(default_factory=dict)  # by thread count
     lines: list[Line] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.machine["device"] == "cuda"
 
     @property
     def refused(self) -> list[Line]:
@@ -48,19 +54,6 @@ class Results:
             return cls(**given, yardsticks=yardsticks, lines=lines)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path.name} must be a results file of this suite, got {type(error).__name__}: {error}") from None
-
-
-def milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def megabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.1f}" if size < 1e7 else f"{size / 1e6:.0f}"
-
-
-def rate(amount: float, limit: float) -> str:
-    return f"{amount:.3g} ({100 * amount / limit:.0f}%)"
 
 
 def peer_text(line: Line, name: str) -> str:
@@ -87,6 +80,18 @@ def cells(line: Line, limits: dict[str, float]) -> list[str]:
 
 def peers_of(line: Line) -> list[str]:
     return [peer_text(line, name) for name in line.timings if name != OURS]
+
+
+def headings(results: Results) -> list[str]:
+    return gpu_report.HEADINGS if results.on_gpu else HEADINGS
+
+
+def row(results: Results, line: Line) -> tuple[list[str], list[str]]:
+    """The cells of a line, and what stands in its last one: a text for every peer."""
+    limits = results.yardsticks[line.threads]
+    if results.on_gpu:
+        return gpu_report.cells(line, limits), gpu_report.peers_of(line)
+    return cells(line, limits), peers_of(line)
 
 
 def by_group(lines: list[Line]) -> dict[str, list[Line]]:
@@ -118,6 +123,9 @@ def absences(lines: list[Line]) -> dict[tuple[str, str], list[str]]:
 
 
 def header(results: Results) -> Iterator[str]:
+    if results.on_gpu:
+        yield from gpu_report.header(results)
+        return
     machine = results.machine
     caches = " ".join(f"{level} {size}" for level, size in machine["caches"].items())
     yield f"{machine['name']}, {machine['cores']} cores, {machine['isa']}, {caches}"
@@ -133,12 +141,15 @@ def header(results: Results) -> Iterator[str]:
 
 def terminal_tables(results: Results) -> Iterator[Table | str]:
     for group, lines in by_group(results.lines).items():
-        table = Table(*HEADINGS, title=group, title_justify="left", title_style="bold")
+        table = Table(*headings(results), title=group, title_justify="left", title_style="bold")
         for line in lines:
-            limits = results.yardsticks[line.threads]
-            table.add_row(
-                *map(escape, cells(line, limits)), escape("\n".join(peers_of(line))), style="red" if line.refused else None
-            )
+            cells, peers = row(results, line)
+            table.add_row(*map(escape, cells), escape("\n".join(peers)), style="red" if line.refused else None)
+        yield table
+    if goals := list(gpu_report.goal_rows(results)):
+        table = Table(*gpu_report.GOAL_HEADINGS, title="Goals", title_justify="left", title_style="bold")
+        for texts in goals:
+            table.add_row(*map(escape, texts))
         yield table
     yield from (escape(text) for text in footnotes(results))
 
@@ -157,11 +168,16 @@ def markdown(results: Results) -> str:
     """The generated part of docs/benchmarks.md."""
     parts = ["\n".join(f"- {line}" for line in header(results))]
     for group, lines in by_group(results.lines).items():
-        rows = [HEADINGS, ["---"] * len(HEADINGS)]
-        rows += [[*cells(line, results.yardsticks[line.threads]), "<br>".join(peers_of(line))] for line in lines]
-        parts.append(f"### {group}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        rows = [[*cells, "<br>".join(peers)] for cells, peers in (row(results, line) for line in lines)]
+        parts.append(f"### {group}\n\n" + markdown_table(headings(results), rows))
+    if goals := list(gpu_report.goal_rows(results)):
+        parts.append("### Goals\n\n" + markdown_table(gpu_report.GOAL_HEADINGS, goals))
     parts.append("\n".join(f"- {text}" for text in footnotes(results)))
     return "\n\n".join(parts)
+
+
+def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows])
 
 
 def write_docs(results: Results, page: Path, extra: str = "") -> None:

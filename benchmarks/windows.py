@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,55 +20,70 @@ from natrpb import rpb as tables
 from tests.cases import Case
 
 from .harness import AS_IS, OURS, Contender, Layout, Tensors, Unavailable
+from .peers import BIAS_ALIGNMENT, fused_sdpa
 
 
-def partition(x: Tensor, window: int, shift: int) -> Tensor:
-    """[B, H, W, ...] -> [B * windows, window ** 2, ...], rolled by -shift first."""
-    if shift:
-        x = x.roll((-shift, -shift), (1, 2))
-    batch, height, width, *rest = x.shape
-    x = x.view(batch, height // window, window, width // window, window, *rest)
-    return x.transpose(2, 3).reshape(-1, window * window, *rest)
+def partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """[B, *spatial, ...] -> [B * windows, N, ...], N positions a window, rolled by -shift first."""
+    axes = len(window)
+    if any(shift):
+        x = x.roll([-s for s in shift], tuple(range(1, axes + 1)))
+    split = [part for length, w in zip(x.shape[1:], window) for part in (length // w, w)]
+    x = x.reshape(x.shape[0], *split, *x.shape[axes + 1 :])
+    order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, x.dim())]
+    return x.permute(order).reshape(-1, math.prod(window), *x.shape[2 * axes + 1 :])
 
 
-def reverse(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
-    """[B * windows, window ** 2, ...] -> [B, H, W, ...]: the inverse of `partition`."""
-    rest = x.shape[2:]
-    x = x.view(-1, height // window, width // window, window, window, *rest)
-    x = x.transpose(2, 3).reshape(-1, height, width, *rest)
-    return x.roll((shift, shift), (1, 2)) if shift else x
+def reverse(x: Tensor, window: Sequence[int], shift: Sequence[int], spatial: Sequence[int]) -> Tensor:
+    """[B * windows, N, ...] -> [B, *spatial, ...]: the inverse of `partition`."""
+    axes, rest = len(window), x.shape[2:]
+    x = x.reshape(-1, *(length // w for length, w in zip(spatial, window)), *window, *rest)
+    order = [0, *(axis for i in range(axes) for axis in (1 + i, 1 + axes + i)), *range(2 * axes + 1, x.dim())]
+    x = x.permute(order).reshape(-1, *spatial, *rest)
+    return x.roll(tuple(shift), tuple(range(1, axes + 1))) if any(shift) else x
 
 
-def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """Swin's mask of the shifted windows: [windows, window ** 2, window ** 2], -100 between what the roll brought together."""
-    region = torch.zeros(1, height, width)
-    slices = slice(-window), slice(-window, -shift), slice(-shift, None)
-    for number, (down, across) in enumerate(itertools.product(slices, slices)):
-        region[:, down, across] = number
-    region = partition(region, window, 0)
+def window_regions(spatial: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Swin's regions in every window: int64 [windows, N], different between what the roll brought together."""
+    region = torch.zeros(1, *spatial, dtype=torch.int64)
+    per_axis = [[slice(-w), slice(-w, -s), slice(-s, None)] if s else [slice(None)] for w, s in zip(window, shift)]
+    for number, slices in enumerate(itertools.product(*per_axis)):
+        region[(0, *slices)] = number
+    return partition(region, window, [0] * len(window))
+
+
+def shift_mask(spatial: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Swin's mask of the shifted windows: [windows, N, N], -100 between different regions."""
+    region = window_regions(spatial, window, shift)
     return torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
 
 
-def table_index(window: int) -> Tensor:
-    """[N, N] for one window of N positions, into a table flattened per head (key minus query)."""
-    return (tables.swin_index(window).neg() + (2 * window - 1) ** 2 - 1).flatten()
+def table_index(window: Sequence[int]) -> Tensor:
+    """[N * N] for one window of N positions, into a table flattened per head (key minus query)."""
+    return (tables.swin_index(tuple(window)).neg() + math.prod(2 * w - 1 for w in window) - 1).flatten()
 
 
 def window_bias(rpb: Tensor, index: Tensor, positions: int) -> Tensor:
-    """[h, 2 W - 1, 2 W - 1] -> [h, N, N]."""
+    """[h, 2 W - 1, ...] -> [h, N, N]."""
     return rpb.flatten(1)[:, index].unflatten(1, (positions, positions))
 
 
 class Swin:
-    """Swin's attention on windows of one case; `softmax(q k + bias + mask) v` step by step, or by SDPA."""
+    """Swin's attention on windows of one case; `softmax(q k + bias + mask) v` step by step, or by SDPA.
+
+    Made on torch's default device.
+    """
 
     def __init__(self, case: Case, dtype: torch.dtype, train: bool) -> None:
-        self.window, self.shift = case.pattern.kernel_size[0], case.pattern.shift[0]
-        self.height, self.width = case.spatial
-        self.positions, self.scale, self.train = self.window**2, case.head_dim**-0.5, train
+        self.window, self.shift, self.spatial = case.pattern.kernel_size, case.pattern.shift, case.spatial
+        self.positions, self.scale, self.train = math.prod(self.window), case.head_dim**-0.5, train
+        self.windows = math.prod(case.spatial) // self.positions  # of one sample
         self.index = table_index(self.window)
-        self.mask = shift_mask(*case.spatial, self.window, self.shift).to(dtype) if self.shift else None
+        self.mask = shift_mask(self.spatial, self.window, self.shift).to(dtype) if any(self.shift) else None
         self.kept: Tensor | None = None
+
+    def regions(self) -> Tensor:
+        return window_regions(self.spatial, self.window, self.shift)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
         """[B * windows, N, h, d] -> the same, in Swin's own steps."""
@@ -82,17 +98,18 @@ class Swin:
     def attend_sdpa(self, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
         """The same by SDPA; for inference bias and mask are added up beforehand."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        bias = self.full_bias(rpb)
-        bias = bias.expand(query.shape[0] // bias.shape[0], *bias.shape).flatten(0, 1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+        return fused_sdpa(query, key, value, self.full_bias(rpb, query.shape[0])).transpose(1, 2)
 
-    def full_bias(self, rpb: Tensor) -> Tensor:
-        """[1 or windows, h, N, N]."""
+    def full_bias(self, rpb: Tensor, windows: int) -> Tensor:
+        """[windows, h, N, N] for all windows of the batch."""
         if self.kept is not None:
             return self.kept
         bias = window_bias(rpb, self.index, self.positions)[None]
         if self.mask is not None:
             bias = bias + self.mask[:, None]
+        padding = -self.positions % BIAS_ALIGNMENT if rpb.is_cuda else 0
+        bias = F.pad(bias, (0, padding)).expand(windows // bias.shape[0], -1, -1, -1, -1)
+        bias = bias.flatten(0, 1)[..., : self.positions]
         if not self.train:
             self.kept = bias
         return bias
@@ -102,7 +119,7 @@ class Swin:
 
         def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
             out = attend(partition(query, self.window, self.shift), key, value, rpb)
-            return reverse(out, self.window, self.shift, self.height, self.width)
+            return reverse(out, self.window, self.shift, self.spatial)
 
         return run
 
@@ -114,7 +131,7 @@ class Swin:
 
         def unpack(results: Tensors) -> Tensors:
             return {
-                name: reverse(x, self.window, self.shift, self.height, self.width) if name in ("key", "value") else x
+                name: reverse(x, self.window, self.shift, self.spatial) if name in ("key", "value") else x
                 for name, x in results.items()
             }
 
@@ -127,6 +144,10 @@ def window_peers(case: Case, dtype: torch.dtype, train: bool) -> list[Contender]
         Contender("Swin's path", lambda: swin.around(swin.attend), swin.layout()),
         Contender("SDPA per window", lambda: swin.around(swin.attend_sdpa), swin.layout()),
     ]
+
+
+def compiled_path(swin: Swin) -> Contender:
+    return Contender("Swin's path, compiled", lambda: torch.compile(swin.around(swin.attend), dynamic=False), swin.layout())
 
 
 # The whole attention block: both projections as well, from a map [B, H, W, C] to a map.
@@ -143,20 +164,21 @@ def block(attend: Callable[..., Tensor], heads: int) -> Callable[..., Tensor]:
 
 
 def fused_attend(case: Case) -> Callable[..., Tensor]:
-    def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None = None) -> Tensor:
         return ops.local_attention(query, key, value, rpb, case.pattern, case.head_dim**-0.5)[0]
 
     return attend
 
 
-def block_contenders(case: Case, dtype: torch.dtype, train: bool) -> list[Contender]:
+def block_contenders(case: Case, dtype: torch.dtype, train: bool, compiled: bool = False) -> list[Contender]:
     swin = Swin(case, dtype, train)
 
     def in_windows(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         inner = block(attend, case.heads)
 
         def run(x: Tensor, **parameters: Tensor) -> Tensor:
-            return reverse(inner(partition(x, swin.window, swin.shift), **parameters), swin.window, swin.shift, *case.spatial)
+            windows = partition(x, swin.window, swin.shift)
+            return reverse(inner(windows, **parameters), swin.window, swin.shift, case.spatial)
 
         return run
 
@@ -165,6 +187,7 @@ def block_contenders(case: Case, dtype: torch.dtype, train: bool) -> list[Conten
         Contender("Swin's path", lambda: in_windows(swin.attend)),
         Contender("SDPA per window", lambda: in_windows(swin.attend_sdpa)),
         timm_block(case, dtype, swin),
+        *([timm_block(case, dtype, swin, compiled=True)] if compiled else []),
     ]
 
 
@@ -177,28 +200,28 @@ _TIMM_NAMES = {
 }
 
 
-def timm_block(case: Case, dtype: torch.dtype, swin: Swin) -> Contender:
-    """timm's WindowAttention between Swin's roll and partition."""
+def timm_block(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = False) -> Contender:
+    """timm's WindowAttention between Swin's roll and partition, as it is or all of it compiled."""
 
     def build() -> Callable[..., Tensor]:
-        module = timm_window_attention()(
-            case.heads * case.head_dim, case.heads, window_size=(swin.window, swin.window), qkv_bias=True
-        ).to(dtype)
+        module = timm_window_attention()(case.heads * case.head_dim, case.heads, window_size=swin.window, qkv_bias=True).to(
+            dtype
+        )
 
         def run(x: Tensor, **parameters: Tensor) -> Tensor:
             given = {_TIMM_NAMES[name]: tensor for name, tensor in parameters.items()}
             windows = partition(x, swin.window, swin.shift)
             out = torch.func.functional_call(module, given, (windows,), {"mask": swin.mask})
-            return reverse(out, swin.window, swin.shift, *case.spatial)
+            return reverse(out, swin.window, swin.shift, case.spatial)
 
-        return run
+        return torch.compile(run, dynamic=False) if compiled else run
 
     to_swin = lambda tensors: {**tensors, "rpb": tables.nat_to_swin(tensors["rpb"]).contiguous()}  # noqa: E731
 
     def to_nat(results: Tensors) -> Tensors:
         return results if "rpb" not in results else {**results, "rpb": tables.swin_to_nat(results["rpb"])}
 
-    return Contender("timm", build, Layout(to_swin, to_nat))
+    return Contender("timm, compiled" if compiled else "timm", build, Layout(to_swin, to_nat))
 
 
 @functools.cache

@@ -307,7 +307,7 @@ class TestReport:
         assert machine.platform.node() not in text and str(machine.ROOT) not in text
 
     def test_file_name_of_a_machine(self):
-        given = {"name": "Intel(R) Xeon(R) CPU @ 2.10GHz", "cores": 2, "isa": "avx512"}
+        given = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.10GHz", "cores": 2, "isa": "avx512"}
         assert machine.slug(given) == "intel-xeon-2.10ghz-2c-avx512"
 
 
@@ -360,7 +360,7 @@ class TestCommand:
     def test_a_refused_line_ends_in_an_error(self, monkeypatch, tmp_path, capsys):
         results = sample_results()
         monkeypatch.setattr(command, "run", lambda *_: results)
-        monkeypatch.setattr(command.natrpb, "info", lambda: {"compiled": True})
+        monkeypatch.setattr(command.natrpb, "info", lambda: {"reason": None})
         assert command.main(["--quick", "--json", str(tmp_path / "results.json")]) == 1
         assert "refused: wrong result" in capsys.readouterr().out
         assert Results.load(tmp_path / "results.json").refused
