@@ -39,8 +39,9 @@ help:
 	@echo 'PYTHON=python3.12 makes $(VENV) with another Python, VENV=dir puts it elsewhere;'
 	@echo 'TORCH=2.12.0 (or a full requirement) takes another torch, in every command it is given to.'
 
-# On the CPU: the CUDA kernels, minutes of compiling, wait for `make build`.
-demo: export NATRPB_CUDA ?= 0
+# Kernels for GPUs take minutes to compile; without a driver no GPU waits for them.
+demo bench: export NATRPB_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
+
 demo: build $(STAMPS)/demo
 	$(PY) -m examples.digits
 
@@ -148,7 +149,7 @@ $(STAMPS)/cuda: $(STAMPS)/venv requirements/cuda.txt
 
 # What the build takes from its environment.
 $(STAMPS)/build-spec: $(STAMPS)/venv FORCE
-	@spec="$$CUDA_HOME $$CUDA_PATH $(CUDA_TOOLKIT) $$NATRPB_CUDA $$TORCH_CUDA_ARCH_LIST $$NATRPB_BUILD $$NATRPB_DEBUG"; \
+	@spec="$$CUDA_HOME $$CUDA_PATH $(CUDA_TOOLKIT) $${NATRPB_CUDA:-auto} $$TORCH_CUDA_ARCH_LIST $$NATRPB_BUILD $$NATRPB_DEBUG"; \
 	echo "$$spec" | cmp -s - $@ || echo "$$spec" > $@
 
 $(STAMPS)/build: $(STAMPS)/requirements $(STAMPS)/build-spec $(if $(filter test cuda-check,$(MAKECMDGOALS)),$(TOOLKIT_STAMP))
