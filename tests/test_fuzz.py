@@ -216,7 +216,8 @@ def test_fused_op_answers_or_says_what_is_wrong(call):
     query, value = arguments["query"], arguments["value"]
     assert out.shape == (*query.shape[:-1], value.shape[-1]) and out.dtype == query.dtype
     assert lse is None or lse.shape == query.shape[:-1]
-    if not spoilt - {"kernel_size", "stride", "dilation", "is_causal", "scale"}:
+    overflows = isinstance(arguments["scale"], float) and abs(arguments["scale"]) > 1e37  # scores are three times the scale
+    if not spoilt - {"kernel_size", "stride", "dilation", "is_causal", "scale"} and not overflows:
         close(out, torch.ones_like(out), 1e-5)  # every value is 1, so every average is
 
 
