@@ -25,22 +25,24 @@ template <class T, class S>
 void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < count; i += L) {
-    const int64_t last = min_of(L, count - i) - 1;
-    for (int64_t c = 0; c < channels; c += L) {
-      const S* corner = from + i * step + c;
-      T* target = to + c * pitch + i;
-      const int64_t left = channels - c;
+    const S* row[L];
+    for (int n = 0; n < L; ++n) row[n] = from + min_of(i + n, count - 1) * step;
+    const auto corner = [&](int64_t c, int64_t left, auto whole) NATRPB_LAMBDA {
+      constexpr bool kWhole = decltype(whole)::value;
       Vec<T> tile[L];
       unroll<L>([&](auto r) NATRPB_LAMBDA {
-        constexpr int n = decltype(r)::value;
-        tile[n] = load_channels<T>(corner + min_of(n, last) * step, left) * factor;
+        const S* p = row[decltype(r)::value] + c;
+        tile[decltype(r)::value] = (kWhole ? load_as<T>(p) : load_part<T>(p, left)) * factor;
       });
       transpose<T>(tile);
       unroll<L>([&](auto r) NATRPB_LAMBDA {
         constexpr int n = decltype(r)::value;
-        if (n < left) store(target + n * pitch, tile[n]);
+        if (kWhole || n < left) store(to + (c + n) * pitch + i, tile[n]);
       });
-    }
+    };
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) corner(c, L, Const<true>{});
+    if (c < channels) corner(c, channels - c, Const<false>{});
   }
 }
 

@@ -21,6 +21,7 @@ struct Worker {
   const int64_t k2, slots;
   const int64_t table1, table2, bias_pitch;  // 2 K_1 - 1, 2 K_2 - 1, padded
   Rows<T> key_rows, value_rows, dkey_rows, dvalue_rows;
+  T *dkey_sums, *dvalue_sums;      // dense rows, where the tensors cannot take the sums
   T *key_columns, *value_columns;  // transposed rows, [key row][channel][column_pitch]
   int64_t column_pitch;
   T *query_columns, *dout_columns;  // [kRowTile][channel][L]
@@ -28,6 +29,7 @@ struct Worker {
   T* result_tile;                   // [L][pitch]
   T *score, *dscore;                // [kRowTile][slots][L]
   T *bias, *dbias;                  // [table rows][bias_pitch]; [table rows][K_2][L]
+  T* no_bias;                       // zeros, a score tile's
   size_t bytes;
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
@@ -54,8 +56,8 @@ struct Worker {
     value_columns = take(needs.dscores, rows * value_depth * column_pitch);
     key_rows.data = take(needs.key_rows, keys * key_pitch);
     value_rows.data = take(needs.value_rows, keys * value_pitch);
-    dkey_rows.data = take(needs.dkey, keys * key_pitch);
-    dvalue_rows.data = take(needs.dvalue, keys * value_pitch);
+    dkey_sums = take(needs.dkey && !sums_in_place(params.dkey, depth), keys * key_pitch);
+    dvalue_sums = take(needs.dvalue && !sums_in_place(params.dvalue, value_depth), keys * value_pitch);
     query_columns = take(needs.scores, kRowTile * depth * L);
     dout_columns = take(needs.dscores, kRowTile * value_depth * L);
     query_tile = take(needs.query_tile, L * key_pitch);
@@ -65,6 +67,7 @@ struct Worker {
     dscore = take(needs.dscores, kRowTile * slots * L);
     bias = take(needs.bias, table_rows * bias_pitch);
     dbias = take(needs.dbias, table_rows * k2 * L);
+    no_bias = take(needs.scores, kSlotTile + L);
     bytes = arena.used();
   }
 
@@ -79,8 +82,20 @@ struct Worker {
   }
   int64_t column_step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
 
+  // Asks for `count` columns of a row before they are needed: hardware does not foresee columns that lie a few heads apart.
+  // NB: inlined by force, GCC drops calls that do nothing but prefetch.
+  NATRPB_INLINE void prefetch(const View& view, int64_t p0, int64_t p1, int64_t p2, int64_t count, int64_t channels) const {
+    const S* row = row_start(view, p0, p1, p2);
+    for (int64_t i = 0; i < count; ++i, row += column_step(view)) {
+      for (int64_t c = 0; c < channels; c += 64 / sizeof(S)) __builtin_prefetch(row + c);
+    }
+  }
+
   // Whether a tensor can be read in place: no conversion, no padding.
   static bool in_place(int64_t channels) { return std::is_same_v<S, T> && channels % L == 0; }
+  // Whether a box of keys finds room in the caches as it lies. Columns far apart, as of many heads, share a few of the caches'
+  // sets, worst at powers of two: up to four heads in place is faster or equal, with eight the copy is (docs/design/cpu.md).
+  bool is_near(const View& view, int64_t channels) const { return column_step(view) <= 4 * channels; }
 
   template <class F>
   void for_key_rows(F&& body) const {
@@ -91,6 +106,9 @@ struct Worker {
   void stage_columns(const View& view, int64_t channels, T* to) const {
     const int64_t columns = item.key_n[2];
     for_key_rows([&](int64_t r0, int64_t r1) {
+      if (r1 + 1 < item.key_n[1]) {
+        prefetch(view, item.key_lo[0] + r0, item.key_lo[1] + r1 + 1, item.key_lo[2], columns, channels);
+      }
       T* row = to + (r0 * item.key_n[1] + r1) * channels * column_pitch;
       const int64_t written = padded(columns);
       for (int64_t c = 0; c < channels; ++c) {
@@ -102,17 +120,19 @@ struct Worker {
   }
   // Points `rows` at the item's keys in `view`, or fills it with a copy.
   void stage_rows(const View& view, int64_t channels, Rows<T>& rows) const {
-    if (in_place(channels)) {
-      rows.data = reinterpret_cast<T*>(row_start(view, item.key_lo[0], item.key_lo[1], item.key_lo[2]));
-      for (int a = 0; a < kAxes; ++a) rows.step[a] = view.space[a] * params.axis[a].dilation;
-      rows.channels = channels;
-      return;
-    }
+    if (in_place(channels) && is_near(view, channels)) return place_rows(view, channels, rows);
     layout_rows(channels, rows);
     for_key_rows([&](int64_t r0, int64_t r1) {
       copy_rows(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), item.key_n[2],
                 channels, rows.at(r0, r1, 0));
     });
+  }
+  // The item's keys in a tensor of the compute type.
+  void place_rows(const View& view, int64_t channels, Rows<T>& rows) const {
+    const int64_t at[kAxes] = {position(0, item.key_lo[0]), position(1, item.key_lo[1]), position(2, item.key_lo[2])};
+    rows.data = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
+    for (int a = 0; a < kAxes; ++a) rows.step[a] = view.space[a] * params.axis[a].dilation;
+    rows.channels = channels;
   }
   // Dense rows of padded channels, in the order of the box.
   void layout_rows(int64_t channels, Rows<T>& rows) const {
@@ -120,17 +140,13 @@ struct Worker {
     rows.step[1] = rows.step[2] * item.key_n[2];
     rows.step[0] = rows.step[1] * item.key_n[1];
   }
-  // The block's natural rows of `view` for a scatter: in place, or copied to `tile`. Returns the step between lanes.
-  int64_t block_rows(const View& view, int64_t p0, int64_t p1, const Block<T>& block, int64_t channels, T* tile,
-                     const T*& rows) const {
-    S* start = row_start(view, p0, p1, block.column);
-    if (in_place(channels)) {
-      rows = reinterpret_cast<T*>(start);
-      return column_step(view);
-    }
+  // The block's natural rows of `view` for a scatter: in place, or copied to `tile`.
+  ScatterSource<T> block_rows(const View& view, int64_t p0, int64_t p1, const Block<T>& block, int64_t channels, T factor,
+                              T* tile) const {
+    const S* start = row_start(view, p0, p1, block.column);
+    if (in_place(channels)) return {reinterpret_cast<const T*>(start), column_step(view), factor};
     copy_rows(start, column_step(view), block.live, channels, tile);
-    rows = tile;
-    return padded(channels);
+    return {tile, padded(channels), factor};
   }
   void stage_bias() {
     const T* table = static_cast<const T*>(params.rpb) + item.head * plan.table;
@@ -144,15 +160,14 @@ struct Worker {
   bool begin(int64_t index) {
     item = locate(params, plan, index);
     if (item.empty) return false;
-    layout_rows(depth, dkey_rows);
-    layout_rows(value_depth, dvalue_rows);
     if (needs.scores) stage_columns(params.key, depth, key_columns);
     if (needs.dscores) stage_columns(params.value, value_depth, value_columns);
     if (needs.key_rows) stage_rows(params.key, depth, key_rows);
     if (needs.value_rows) stage_rows(params.value, value_depth, value_rows);
-    if (needs.dkey) clear(dkey_rows.data, item.keys() * key_pitch);
-    if (needs.dvalue) clear(dvalue_rows.data, item.keys() * value_pitch);
+    if (needs.dkey) start_sums(params.dkey, depth, dkey_sums, dkey_rows);
+    if (needs.dvalue) start_sums(params.dvalue, value_depth, dvalue_sums, dvalue_rows);
     if (needs.bias) stage_bias();
+    if (needs.scores) clear(no_bias, kSlotTile + L);
     return true;
   }
   // ---- blocks ----
@@ -175,20 +190,6 @@ struct Worker {
     return block.least == k2 && rows.axis0.count() * rows.axis1.count() * k2 == slots;
   }
 
-  // p[slot][lane] = the bias of every pair of one query row
-  void start_from_bias(const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows, T* p) const {
-    const auto start = [&](auto reach) NATRPB_LAMBDA {
-      for_rows(rows, kernel, [&](int64_t slot, int64_t r0, int64_t r1) NATRPB_LAMBDA {
-        const T* table = bias + bias_row(p0, p1, r0, r1) * bias_pitch + block.bias_base;
-        for (int64_t t = 0; t < k2; ++t) {
-          store(p + (slot + t) * L, load_lanes<T, static_cast<Reach>(decltype(reach)::value)>(table + t, block.bias_lanes));
-        }
-      });
-    };
-    if (block.bias_lanes.reach == Reach::kSame) return start(Const<static_cast<int>(Reach::kSame)>{});
-    start(Const<static_cast<int>(Reach::kWithin)>{});
-  }
-
   // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, p1 + r), r < count.
   void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
               int64_t channels, bool with_bias, T* to) const {
@@ -196,9 +197,7 @@ struct Worker {
     args.depth = channels;
     args.pitch = column_pitch;
     args.key_lanes = &block.key_lanes;
-    for (int r = 0; r < count; ++r) {
-      with_bias ? start_from_bias(block, p0, p1 + r, rows[r], to + r * slots * L) : clear(to + r * slots * L, slots * L);
-    }
+    args.bias_lanes = &block.bias_lanes;
     const int64_t tiles = ceil_div(k2, kSlotTile), tile = ceil_div(k2, tiles);
     for (int64_t r0 = rows[0].axis0.first; r0 <= rows[0].axis0.last; ++r0) {
       int begin = 0, end = 0;  // the query rows that see key row r1; both only grow
@@ -211,6 +210,7 @@ struct Worker {
           args.query = query + begin * channels * L;
           args.key = key + (r0 * item.key_n[1] + r1) * channels * column_pitch + block.first[0] + t;
           for (int r = begin; r < end; ++r) {
+            args.bias[r - begin] = with_bias ? bias + bias_row(p0, p1 + r, r0, r1) * bias_pitch + block.bias_base + t : no_bias;
             args.score[r - begin] = to + (r * slots + slot_row(rows[r], r0, r1) + t) * L;
           }
           pick_score_tile<T>(end - begin, static_cast<int>(n), block.key_lanes.reach)(args);
@@ -239,6 +239,19 @@ struct Worker {
     }
   }
 
+  // The largest score of every lane; four chains hide the latency of the maximum.
+  Vec<T> largest(const T* p) const {
+    Vec<T> peak[4] = {load(p), load(p), load(p), load(p)};
+    int64_t t = 0;
+    for (; t + 4 <= slots; t += 4) {
+      unroll<4>([&](auto i) NATRPB_LAMBDA {
+        peak[decltype(i)::value] = max<T>(peak[decltype(i)::value], load(p + (t + decltype(i)::value) * L));
+      });
+    }
+    for (; t < slots; ++t) peak[0] = max<T>(peak[0], load(p + t * L));
+    return max<T>(max<T>(peak[0], peak[1]), max<T>(peak[2], peak[3]));
+  }
+
   // Reads one number per live lane from a view with one channel; the other lanes are zero.
   Vec<T> load_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block) const {
     Vec<T> v{};
@@ -252,12 +265,16 @@ struct Worker {
     T* to = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
     for (int l = 0; l < block.live; ++l) to[l * column_step(view)] = v[l];
   }
-  // Writes tile[lane][channel] * factor[lane] to the block's queries.
-  void store_tile(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const T* tile, int64_t pitch,
-                  int64_t channels, Vec<T> factor) const {
+  // Writes factor[lane] * sum_t p[t][lane] * x[t] to the block's queries in `view`, in place or through a tile.
+  void store_sums(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const KeyRows& rows, const T* p,
+                  const Rows<T>& x, int64_t channels, Vec<T> factor) const {
     S* to = row_start(view, p0, p1, block.column);
+    if (in_place(channels)) {
+      return weighted_sum<T>(p, block, rows, kernel, x, {reinterpret_cast<T*>(to), column_step(view), factor});
+    }
+    weighted_sum<T>(p, block, rows, kernel, x, {result_tile, padded(channels), factor});
     for (int l = 0; l < block.live; ++l) {
-      store_row(tile + l * pitch, channels, splat(T(factor[l])), to + l * column_step(view));
+      store_row(result_tile + l * padded(channels), channels, splat(T(1)), to + l * column_step(view));
     }
   }
 
@@ -320,6 +337,7 @@ struct Worker {
   void stage_block(const View& view, int64_t p0, int64_t p1, int count, const Block<T>& block, int64_t channels, T factor,
                    T* columns) const {
     for (int r = 0; r < count; ++r) {
+      if (p1 + kRowTile + r < item.hi[1]) prefetch(view, p0, p1 + kRowTile + r, block.column, block.live, channels);
       copy_columns(row_start(view, p0, p1 + r, block.column), column_step(view), block.live, channels, factor, L,
                    columns + r * channels * L);
     }
@@ -335,8 +353,7 @@ struct Worker {
           for (int r = 0; r < count; ++r) {
             T* p = score + r * slots * L;
             fill_missing(block, rows[r], -kInfinity<T>, p);
-            Vec<T> peak = load(p);
-            for (int64_t t = 1; t < slots; ++t) peak = max<T>(peak, load(p + t * L));
+            Vec<T> peak = largest(p);
             peak = peak - peak == T(0) ? peak : Vec<T>{};  // infinite scores: inf - inf would lose lse
             Vec<T> sum{};
             for (int64_t t = 0; t < slots; ++t) {
@@ -344,8 +361,7 @@ struct Worker {
               store(p + t * L, e);
               sum += e;
             }
-            weighted_sum(p, block, rows[r], kernel, value_rows, result_tile);
-            store_tile(params.out, p0, p1 + r, block, result_tile, value_pitch, value_depth, T(1) / sum);
+            store_sums(params.out, p0, p1 + r, block, rows[r], p, value_rows, value_depth, T(1) / sum);
             store_scalars(params.lse, p0, p1 + r, block, peak + log<T>(sum));
           }
         },
@@ -368,13 +384,11 @@ struct Worker {
             fill_missing(block, rows[r], T(0), dp);
             softmax_backward(load_scalars(params.lse, p0, p1 + r, block),
                              params.dlse.data ? load_scalars(params.dlse, p0, p1 + r, block) : Vec<T>{}, p, dp);
-            weighted_sum(dp, block, rows[r], kernel, key_rows, result_tile);
-            store_tile(params.dquery, p0, p1 + r, block, result_tile, key_pitch, depth, splat(scale));
-            const T *query_rows, *dout_rows;
-            const int64_t query_step = block_rows(params.query, p0, p1 + r, block, depth, query_tile, query_rows);
-            const int64_t dout_step = block_rows(params.dout, p0, p1 + r, block, value_depth, dout_tile, dout_rows);
-            scatter(dp, block, rows[r], kernel, query_rows, query_step, dkey_rows);
-            scatter(p, block, rows[r], kernel, dout_rows, dout_step, dvalue_rows);
+            store_sums(params.dquery, p0, p1 + r, block, rows[r], dp, key_rows, depth, splat(scale));
+            scatter(dp, block, rows[r], kernel, block_rows(params.query, p0, p1 + r, block, depth, scale, query_tile),
+                    dkey_rows);
+            scatter(p, block, rows[r], kernel, block_rows(params.dout, p0, p1 + r, block, value_depth, T(1), dout_tile),
+                    dvalue_rows);
             if (needs.dbias) add_bias_grad(p0, p1 + r, rows[r], dp);
           }
         },
@@ -424,17 +438,15 @@ struct Worker {
   void av() {
     for_attn(
         [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-          weighted_sum(score, block, rows, kernel, value_rows, result_tile);
-          store_tile(params.out, p0, p1, block, result_tile, value_pitch, value_depth, splat(T(1)));
+          store_sums(params.out, p0, p1, block, rows, score, value_rows, value_depth, splat(T(1)));
         },
         [](const Block<T>&) {});
   }
   void av_transposed() {
     for_attn(
         [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-          const T* dout_rows;
-          const int64_t step = block_rows(params.dout, p0, p1, block, value_depth, dout_tile, dout_rows);
-          scatter(score, block, rows, kernel, dout_rows, step, dvalue_rows);
+          scatter(score, block, rows, kernel, block_rows(params.dout, p0, p1, block, value_depth, T(1), dout_tile),
+                  dvalue_rows);
         },
         [](const Block<T>&) {});
     store_keys();
@@ -464,32 +476,51 @@ struct Worker {
     const bool behind = item.hi[axis] < item.size[axis] && key >= a.keys(item.hi[axis], item.size[axis]).first;
     return !before && !behind;
   }
-  // Writes the item's sums; where an earlier color was first, adds to what is there. NB: sums that meet leave in the compute
-  // type, so that they are rounded once.
-  void store_keys() const {
-    if (plan.keys_shared) {
-      if (needs.dkey) add_keys<T>(params.dkey, dkey_rows, depth, static_cast<T>(params.scale));
-      if (needs.dvalue) add_keys<T>(params.dvalue, dvalue_rows, value_depth, T(1));
-    } else {
-      if (needs.dkey) add_keys<S>(params.dkey, dkey_rows, depth, static_cast<T>(params.scale));
-      if (needs.dvalue) add_keys<S>(params.dvalue, dvalue_rows, value_depth, T(1));
-    }
+  // Whether dkey or dvalue take an item's sums as they grow. NB: sums that meet others leave in the compute type, so that they
+  // are rounded once.
+  bool sums_in_place(const View& view, int64_t channels) const {
+    return (plan.keys_shared || std::is_same_v<S, T>) && channels % L == 0 && is_near(view, channels);
   }
-  template <class Out>
-  void add_keys(const View& view, const Rows<T>& rows, int64_t channels, T factor) const {
+
+  // Calls key(address in view, r0, r1, column, whether nothing was added there before) for the item's keys.
+  template <class Out, class F>
+  void for_keys(const View& view, F&& key) const {
     for_key_rows([&](int64_t r0, int64_t r1) {
       const bool fresh_row = is_fresh(0, item.key_lo[0] + r0) && is_fresh(1, item.key_lo[1] + r1);
       for (int64_t column = 0; column < item.key_n[2]; ++column) {
         const int64_t at[kAxes] = {position(0, item.key_lo[0] + r0), position(1, item.key_lo[1] + r1),
                                    position(2, item.key_lo[2] + column)};
-        Out* to = static_cast<Out*>(view.data) + view.offset(item.batch, item.head, at);
-        const T* from = rows.at(r0, r1, column);
-        if (fresh_row && is_fresh(2, item.key_lo[2] + column)) {
-          store_row(from, channels, splat(factor), to);
-        } else {
-          add_row(from, channels, splat(factor), to);
-        }
+        key(static_cast<Out*>(view.data) + view.offset(item.batch, item.head, at), r0, r1, column,
+            fresh_row && is_fresh(2, item.key_lo[2] + column));
       }
     });
+  }
+  // Points `rows` at where the item's sums grow, from zero or from what an earlier color left.
+  void start_sums(const View& view, int64_t channels, T* dense, Rows<T>& rows) const {
+    if (!sums_in_place(view, channels)) {
+      rows.data = dense;
+      layout_rows(channels, rows);
+      return clear(dense, item.keys() * rows.channels);
+    }
+    place_rows(view, channels, rows);
+    for_keys<T>(view, [&](T* to, int64_t, int64_t, int64_t, bool fresh) {
+      if (fresh) clear(to, channels);
+    });
+  }
+  // Brings sums that did not grow in place to the tensor.
+  template <class Out>
+  void add_keys(const View& view, int64_t channels, const Rows<T>& rows) const {
+    for_keys<Out>(view, [&](Out* to, int64_t r0, int64_t r1, int64_t column, bool fresh) {
+      const T* from = rows.at(r0, r1, column);
+      fresh ? store_row(from, channels, splat(T(1)), to) : add_row(from, channels, splat(T(1)), to);
+    });
+  }
+  void finish_sums(const View& view, int64_t channels, const Rows<T>& rows) const {
+    if (sums_in_place(view, channels)) return;
+    plan.keys_shared ? add_keys<T>(view, channels, rows) : add_keys<S>(view, channels, rows);
+  }
+  void store_keys() const {
+    if (needs.dkey) finish_sums(params.dkey, depth, dkey_rows);
+    if (needs.dvalue) finish_sums(params.dvalue, value_depth, dvalue_rows);
   }
 };

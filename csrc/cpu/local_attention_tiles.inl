@@ -52,11 +52,13 @@ struct ScoreArgs {
   int64_t depth;
   int64_t pitch;
   const LaneMap<T>* key_lanes;
-  T* score[kRowTile];  // [slots][kLanes], of every query row
+  const LaneMap<T>* bias_lanes;
+  const T* bias[kRowTile];  // of every query row: table row at the block's base column and the tile's first slot
+  T* score[kRowTile];       // [slots][kLanes], of every query row
 };
 
-// score[r][t] += sum_c query[r][c] * key[c][t], summed in runs of channels: a single long chain of fp32 additions, begun from a
-// large bias at that, would err several times more.
+// score[r][t] = bias[r][t] + sum_c query[r][c] * key[c][t], summed in runs of channels: a single long chain of fp32 additions,
+// begun from a large bias at that, would err several times more.
 template <class T, int ROWS, int SLOTS, Reach R>
 void score_tile(const ScoreArgs<T>& args) {
   constexpr int L = kLanes<T>;
@@ -72,17 +74,22 @@ void score_tile(const ScoreArgs<T>& args) {
       unroll<ROWS>([&](auto r) NATRPB_LAMBDA { q[decltype(r)::value] = load(query + decltype(r)::value * depth * L); });
       unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
         constexpr int j = decltype(t)::value;
-        const Vec<T> k = load_lanes<T, R>(key + j, lanes);
+        const Vec<T> k = in_register(load_lanes<T, R>(key + j, lanes));
         unroll<ROWS>([&](auto r) NATRPB_LAMBDA { acc[decltype(r)::value][j] += q[decltype(r)::value] * k; });
       });
     }
-    unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-      unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-        constexpr int i = decltype(r)::value, j = decltype(t)::value;
-        T* score = args.score[i] + j * L;
-        store(score, load(score) + acc[i][j]);
+    const auto add_to = [&](auto first) NATRPB_LAMBDA {
+      unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
+        unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
+          constexpr int i = decltype(r)::value, j = decltype(t)::value;
+          T* score = args.score[i] + j * L;
+          const Vec<T> before =
+              decltype(first)::value ? load_lanes<T, Reach::kWithin>(args.bias[i] + j, *args.bias_lanes) : load(score);
+          store(score, before + acc[i][j]);
+        });
       });
-    });
+    };
+    begin == 0 ? add_to(Const<true>{}) : add_to(Const<false>{});
   }
 }
 
@@ -91,7 +98,7 @@ using ScoreTile = void (*)(const ScoreArgs<T>&);
 
 template <class T, Reach R, int... I>
 constexpr ScoreTile<T> pick_score_tile(int index, std::integer_sequence<int, I...>) {
-  ScoreTile<T> tiles[] = {&score_tile<T, I / kSlotTile + 1, I % kSlotTile + 1, R>...};
+  constexpr ScoreTile<T> tiles[] = {&score_tile<T, I / kSlotTile + 1, I % kSlotTile + 1, R>...};
   return tiles[index];
 }
 template <class T>
@@ -171,7 +178,7 @@ struct Rows {
 // Walks the pairs of QUERIES neighboring lanes and the columns of one key row:
 //   column(offset, meets)    is called once per column with its offset from lane 0's first, and runs
 //   meets(pair)              for every query i that sees it, pair(Const<i>, slot of the column in the query's interval)
-// kConsecutive (first_i = first_0 + i, all of kernel_size >= QUERIES columns): fewer queries meet at both ends, all of them
+// kConsecutive (first_i = first_0 + i, all of kernel_size >= QUERIES - 1 columns): fewer queries meet at both ends, all of them
 // between. kSame: all intervals are one.
 template <int QUERIES, Reach R, class F>
 NATRPB_INLINE void for_columns(int64_t count, F&& column) {
@@ -203,14 +210,17 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
   }
 }
 
-// Calls tile(Const<queries>, Const<reach>, lane) for groups of up to four neighboring lanes that for_columns can walk.
+// Queries of a sum or scatter tile at most. NB: two vectors of channels each are in registers.
+inline constexpr int kQueryTile = NATRPB_VECTOR_BYTES == 64 ? 8 : 4;
+
+// Calls tile(Const<queries>, Const<reach>, lane) for groups of neighboring lanes that for_columns can walk.
 template <class T, class F>
 NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F&& tile) {
-  constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4;
+  constexpr int kMost = kLanes<T> < kQueryTile ? kLanes<T> : kQueryTile, kHalf = kMost / 2;
   constexpr Const<static_cast<int>(Reach::kConsecutive)> consecutive;
   constexpr Const<static_cast<int>(Reach::kSame)> same;
   for (int64_t lane = 0; lane < block.live;) {
-    const int64_t left = min_of(kQueries, block.live - lane);
+    const int64_t left = min_of(kMost, block.live - lane);
     int64_t steady = 0, equal = 0;  // lanes from `lane` on whose intervals move by one, or stay
     while (steady < left && block.first[lane + steady] == block.first[lane] + steady &&
            block.count[lane + steady] == kernel_size) {
@@ -219,11 +229,14 @@ NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F
     while (equal < left && block.first[lane + equal] == block.first[lane] && block.count[lane + equal] == block.count[lane]) {
       ++equal;
     }
-    if (steady == kQueries && kernel_size >= kQueries) {
-      tile(Const<kQueries>{}, consecutive, lane);
-      lane += kQueries;
+    if (steady == kMost && kernel_size >= kMost - 1) {
+      tile(Const<kMost>{}, consecutive, lane);
+      lane += kMost;
+    } else if (kHalf > 1 && steady >= kHalf && kernel_size >= kHalf - 1) {
+      tile(Const<kHalf>{}, consecutive, lane);
+      lane += kHalf;
     } else {
-      unroll<kQueries>([&](auto i) NATRPB_LAMBDA {
+      unroll<kMost>([&](auto i) NATRPB_LAMBDA {
         if (equal == decltype(i)::value + 1) tile(Const<decltype(i)::value + 1>{}, same, lane);
       });
       lane += equal;
@@ -241,10 +254,18 @@ NATRPB_INLINE void for_rows(const KeyRows& rows, const Kernel& kernel, F&& row) 
   }
 }
 
-// out[i][channel] = sum_t p[t][lane + i] * x[first_i + t][channel] over all key rows; QUERIES x VECTORS accumulators.
+// Where a weighted sum goes: out[lane][channel], times a factor per lane.
+template <class T>
+struct SumTarget {
+  T* data;
+  int64_t step;
+  Vec<T> factor;
+};
+
+// out[i][channel] = factor_i * sum_t p[t][lane + i] * x[first_i + t][channel] over all key rows; QUERIES x VECTORS accumulators.
 template <class T, int QUERIES, int VECTORS, Reach R>
 void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x, int64_t lane,
-              int64_t channel, T* out) {
+              int64_t channel, const SumTarget<T>& out) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[QUERIES][VECTORS] = {};
   for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
@@ -252,8 +273,9 @@ void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kern
     const T* source = x.at(k0, k1, block.first[lane]) + channel;
     for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
       Vec<T> row[VECTORS];
-      unroll<VECTORS>(
-          [&](auto v) NATRPB_LAMBDA { row[decltype(v)::value] = load(source + column * x.step[2] + decltype(v)::value * L); });
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        row[decltype(v)::value] = in_register(load(source + column * x.step[2] + decltype(v)::value * L));
+      });
       meets([&](auto i, int64_t t) NATRPB_LAMBDA {
         const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
         unroll<VECTORS>([&](auto v)
@@ -262,23 +284,33 @@ void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kern
     });
   });
   unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
+    constexpr int n = decltype(i)::value;
+    const Vec<T> factor = splat(T(out.factor[lane + n]));
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-      constexpr int n = decltype(i)::value, m = decltype(v)::value;
-      store(out + (lane + n) * x.channels + channel + m * L, acc[n][m]);
+      constexpr int m = decltype(v)::value;
+      store(out.data + (lane + n) * out.step + channel + m * L, acc[n][m] * factor);
     });
   });
 }
 
+// The rows that a scatter takes from a block's queries: factor * data[lane][channel].
+template <class T>
+struct ScatterSource {
+  const T* data;
+  int64_t step;
+  T factor;
+};
+
 // dx[first_i + t][channel] += p[t][lane + i] * x[i][channel] over all key rows; x stays in registers.
 template <class T, int QUERIES, int VECTORS, Reach R>
-void scatter_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const T* x, int64_t x_step,
+void scatter_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const ScatterSource<T>& x,
                   int64_t lane, int64_t channel, const Rows<T>& dx) {
   constexpr int L = kLanes<T>;
   Vec<T> query[QUERIES][VECTORS];
   unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
       constexpr int n = decltype(i)::value, m = decltype(v)::value;
-      query[n][m] = load(x + (lane + n) * x_step + channel + m * L);
+      query[n][m] = load(x.data + (lane + n) * x.step + channel + m * L) * x.factor;
     });
   });
   for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
@@ -308,9 +340,10 @@ NATRPB_INLINE void for_channels(int64_t channels, F&& chunk) {
   if (channel < channels) chunk(Const<1>{}, channel);
 }
 
-// out[lane][channel] = sum_t p[t][lane] * x_j(lane,t)[channel], for all live lanes and all channels.
+// out[lane][channel] = factor_lane * sum_t p[t][lane] * x_j(lane,t)[channel], for all live lanes and all channels.
 template <class T>
-void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x, T* out) {
+void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x,
+                  const SumTarget<T>& out) {
   for_lane_groups(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
     for_channels<T>(x.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
       constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
@@ -321,13 +354,13 @@ void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, const 
 
 // The transpose: dx_j(lane,t)[channel] += p[t][lane] * x[lane][channel].
 template <class T>
-void scatter(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const T* x, int64_t x_step,
+void scatter(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const ScatterSource<T>& x,
              const Rows<T>& dx) {
   for_lane_groups(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
     for_channels<T>(dx.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
       constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
       constexpr Reach R = static_cast<Reach>(decltype(reach)::value);
-      scatter_tile<T, Q, V, R>(p, block, rows, kernel, x, x_step, lane, channel, dx);
+      scatter_tile<T, Q, V, R>(p, block, rows, kernel, x, lane, channel, dx);
     });
   });
 }

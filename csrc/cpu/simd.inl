@@ -27,9 +27,9 @@ using Bits = typename VectorType<T>::bits;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(T);
 
-template <int I>
+template <auto I>
 struct Const {
-  static constexpr int value = I;
+  static constexpr auto value = I;
 };
 
 template <class F, int... I>
@@ -56,6 +56,15 @@ template <class T>
 NATRPB_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // GCC broadcasts a scalar operand; x - 0 keeps the sign of zero
 }
+// v, loaded once: GCC would repeat the load of a value with several uses in each of the instructions that can read memory, and a
+// load that crosses a cache line costs two.
+template <class V>
+NATRPB_INLINE V in_register(V v) {
+#ifdef NATRPB_X86
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
 template <class V, class U>
 NATRPB_INLINE V bit_cast(U u) {
   static_assert(sizeof(V) == sizeof(U));
@@ -63,7 +72,7 @@ NATRPB_INLINE V bit_cast(U u) {
   __builtin_memcpy(&v, &u, sizeof v);
   return v;
 }
-// a > b ? a : b; compilers make two instructions of that, the processor has one.
+// a > b ? a : b and a < b ? a : b, NaN where b is NaN; compilers make two instructions of that, the processor has one.
 template <class T>
 NATRPB_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
@@ -77,6 +86,21 @@ NATRPB_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 #else
   return a > b ? a : b;
+#endif
+}
+template <class T>
+NATRPB_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_maskz_min_pd(0xff, bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+  }
+#elif defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return bit_cast<Vec<T>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+  return a < b ? a : b;
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -102,27 +126,44 @@ NATRPB_INLINE Vec<T> permute(Vec<T> v, Index<T> index) {
 template <class T>
 inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-// exp(x): relative error below 2 units in the last place, exact zero below the smallest normal number, infinity just before
-// the largest one, NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and a Taylor polynomial in r.
+// y * 2^n where low <= x; zero elsewhere. `shifted` is n plus 1.5 * 2^(mantissa bits), which has n in its lowest bits.
+template <class T>
+NATRPB_INLINE Vec<T> scale_by_power(Vec<T> y, [[maybe_unused]] Vec<T> n, [[maybe_unused]] Vec<T> shifted, Vec<T> x, T low) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 keep = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(low), _CMP_NLT_UQ);
+    return bit_cast<Vec<T>>(_mm512_maskz_scalef_ps(keep, bit_cast<__m512>(y), bit_cast<__m512>(n)));
+  } else {
+    const __mmask8 keep = _mm512_cmp_pd_mask(bit_cast<__m512d>(x), _mm512_set1_pd(low), _CMP_NLT_UQ);
+    return bit_cast<Vec<T>>(_mm512_maskz_scalef_pd(keep, bit_cast<__m512d>(y), bit_cast<__m512d>(n)));
+  }
+#else
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  const Vec<T> half = bit_cast<Vec<T>>((bit_cast<Bits<T>>(shifted) + (kBias - 1)) << kMantissa);  // n may be kBias + 1
+  return x < low ? Vec<T>{} : y * half * T(2);
+#endif
+}
+
+// exp(x): relative error below 2 units in the last place, exact zero below the smallest normal number, infinity from the largest
+// one on, NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r: minimax in single, Taylor's in double.
 NATRPB_INLINE Vec<float> exp(Vec<float> x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = min<float>(splat(89.0f), x);
   const Vec<float> shifted = x * 1.44269504f + kRound;
   const Vec<float> n = shifted - kRound;
   const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860677e-06f;
-  Vec<float> y = splat(1.0f / 5040);
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
+  Vec<float> y = splat(1.3814598e-3f);
+  y = y * r + 8.3687169e-3f;
+  y = y * r + 4.1668388e-2f;
+  y = y * r + 1.6666521e-1f;
+  y = y * r + 4.9999993e-1f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  const Vec<float> power = bit_cast<Vec<float>>((bit_cast<Bits<float>>(shifted) + 127) << 23);
-  const Vec<float> result = x < -87.0f ? Vec<float>{} : y * power;
-  return x > 88.7f ? splat(kInfinity<float>) : result;
+  return scale_by_power<float>(y, n, shifted, x, -87.0f);
 }
 NATRPB_INLINE Vec<double> exp(Vec<double> x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  x = min<double>(splat(710.0), x);
   const Vec<double> shifted = x * 1.4426950408889634 + kRound;
   const Vec<double> n = shifted - kRound;
   const Vec<double> r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
@@ -140,9 +181,7 @@ NATRPB_INLINE Vec<double> exp(Vec<double> x) {
   y = y * r + 0.5;
   y = y * r + 1.0;
   y = y * r + 1.0;
-  const Vec<double> power = bit_cast<Vec<double>>((bit_cast<Bits<double>>(shifted) + 1023) << 52);
-  const Vec<double> result = x < -708.0 ? Vec<double>{} : y * power;
-  return x > 709.7 ? splat(kInfinity<double>) : result;
+  return scale_by_power<double>(y, n, shifted, x, -708.0);
 }
 
 // log(x) for x = 0, normal x > 0 and infinity; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
@@ -282,27 +321,53 @@ NATRPB_INLINE void store_part(S* p, Vec<T> v, int64_t n) {
 
 // ---- transposition ----------------------------------------------------------------------------------------------------
 
-template <int S, class V, int... J>
-NATRPB_INLINE void exchange(V& a, V& b, std::integer_sequence<int, J...>) {
+// Shuffles of two vectors that are one instruction each; E elements are 16 bytes.
+// Of every E elements of a and b the lower or upper halves, W of a and W of b in turn.
+template <int E, int W, int UPPER, class V, int... J>
+NATRPB_INLINE V interleave(V a, V b, std::integer_sequence<int, J...>) {
   constexpr int n = sizeof...(J);
-  const V low = __builtin_shufflevector(a, b, ((J & S) ? n + J - S : J)...);
-  b = __builtin_shufflevector(a, b, ((J & S) ? n + J : J + S)...);
-  a = low;
+  return __builtin_shufflevector(a, b, (J / W % 2 * n + J / E * E + UPPER * E / 2 + J % E / (2 * W) * W + J % W)...);
+}
+// Every second run of E elements of a, then of b.
+template <int E, int ODD, class V, int... J>
+NATRPB_INLINE V every_second(V a, V b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, ((J / E * 2 + ODD) * E + J % E)...);
 }
 
-// rows[i][j] <-> rows[j][i], kLanes x kLanes: log2(kLanes) rounds that swap blocks of S across the diagonal.
-template <int S, class T>
-NATRPB_INLINE void transpose_rounds(Vec<T>* rows) {
-  if constexpr (S < kLanes<T>) {
-    unroll<kLanes<T>>([&](auto i) NATRPB_LAMBDA {
-      if constexpr (!(decltype(i)::value & S)) {
-        exchange<S>(rows[decltype(i)::value], rows[decltype(i)::value + S], std::make_integer_sequence<int, kLanes<T>>{});
-      }
-    });
-    transpose_rounds<2 * S, T>(rows);
-  }
-}
+// rows[i][j] <-> rows[j][i], kLanes x kLanes: blocks of E x E within 16 bytes, then runs of 16 bytes across groups of E rows.
 template <class T>
 NATRPB_INLINE void transpose(Vec<T>* rows) {
-  transpose_rounds<1, T>(rows);
+  constexpr int N = kLanes<T>, E = 16 / sizeof(T), kGroups = N / E;
+  constexpr auto all = std::make_integer_sequence<int, N>{};
+  unroll<kGroups>([&](auto group) NATRPB_LAMBDA {
+    Vec<T>* r = rows + decltype(group)::value * E;
+    if constexpr (E == 2) {
+      const Vec<T> first = interleave<E, 1, 0>(r[0], r[1], all);
+      r[1] = interleave<E, 1, 1>(r[0], r[1], all);
+      r[0] = first;
+    } else {
+      const Vec<T> low01 = interleave<E, 1, 0>(r[0], r[1], all), high01 = interleave<E, 1, 1>(r[0], r[1], all);
+      const Vec<T> low23 = interleave<E, 1, 0>(r[2], r[3], all), high23 = interleave<E, 1, 1>(r[2], r[3], all);
+      r[0] = interleave<E, 2, 0>(low01, low23, all);
+      r[1] = interleave<E, 2, 1>(low01, low23, all);
+      r[2] = interleave<E, 2, 0>(high01, high23, all);
+      r[3] = interleave<E, 2, 1>(high01, high23, all);
+    }
+  });
+  if constexpr (kGroups > 1) {
+    unroll<E>([&](auto row) NATRPB_LAMBDA {
+      Vec<T>* r = rows + decltype(row)::value;
+      const Vec<T> even01 = every_second<E, 0>(r[0], r[E], all), odd01 = every_second<E, 1>(r[0], r[E], all);
+      if constexpr (kGroups == 2) {
+        r[0] = even01;
+        r[E] = odd01;
+      } else {
+        const Vec<T> even23 = every_second<E, 0>(r[2 * E], r[3 * E], all), odd23 = every_second<E, 1>(r[2 * E], r[3 * E], all);
+        r[0] = every_second<E, 0>(even01, even23, all);
+        r[E] = every_second<E, 0>(odd01, odd23, all);
+        r[2 * E] = every_second<E, 1>(even01, even23, all);
+        r[3 * E] = every_second<E, 1>(odd01, odd23, all);
+      }
+    });
+  }
 }
