@@ -60,9 +60,7 @@ struct LocalAttentionCall {
 
   void check(const char* name, const Tensor& t, int64_t channels, DType dtype) const {
     const Ints expected = sizes(channels);
-    std::string wanted;
-    for (int64_t n : expected) wanted += (wanted.empty() ? "" : ", ") + std::to_string(n);
-    STD_TORCH_CHECK(has_shape(t, expected), name, " must have shape [", wanted, "], got ", shape_of(t));
+    STD_TORCH_CHECK(has_shape(t, expected), name, " must have shape ", listed(expected), ", got ", shape_of(t));
     const DType got = dtype_of(name, t);
     STD_TORCH_CHECK(got == dtype, name, " must be ", name_of(dtype), " for a ", name_of(params.dtype), " call, got ",
                     name_of(got));

@@ -23,10 +23,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string listed(const Ints& numbers) {
   std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  for (size_t i = 0; i < numbers.size(); ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
   return text + "]";
+}
+inline std::string shape_of(const Tensor& t) {
+  Ints sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return listed(sizes);
 }
 
 inline DType dtype_of(const char* name, const Tensor& t) {
