@@ -20,13 +20,14 @@ void copy_rows(const S* from, int64_t step, int64_t count, int64_t channels, T* 
   }
 }
 
-// to[c][i] = factor * from[i][c] for whole vectors of i; lanes from count on repeat the last row.
+// to[c][lead + i] = factor * from[i][c] for whole vectors of lead + i; lanes before the first row and behind the last repeat it.
 template <class T, class S>
-void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to) {
+void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to,
+                  int64_t lead = 0) {
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < count; i += L) {
+  for (int64_t i = 0; i < lead + count; i += L) {
     const S* row[L];
-    for (int n = 0; n < L; ++n) row[n] = from + min_of(i + n, count - 1) * step;
+    for (int n = 0; n < L; ++n) row[n] = from + min_of(max_of(i + n - lead, 0), count - 1) * step;
     const auto corner = [&](int64_t c, int64_t left, auto whole) NATRPB_LAMBDA {
       constexpr bool kWhole = decltype(whole)::value;
       Vec<T> tile[L];

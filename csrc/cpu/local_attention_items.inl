@@ -24,6 +24,7 @@ struct Worker {
   T *dkey_sums, *dvalue_sums;      // dense rows, where the tensors cannot take the sums
   T *key_columns, *value_columns;  // transposed rows, [key row][channel][column_pitch]
   int64_t column_pitch;
+  int64_t column_lead;              // the first key's column there: puts the keys of most blocks on a vector's boundary
   T *query_columns, *dout_columns;  // [kRowTile][channel][L]
   T *query_tile, *dout_tile;        // [L][pitch], copies of natural rows where the tensor will not do
   T* result_tile;                   // [L][pitch]
@@ -48,7 +49,7 @@ struct Worker {
         table1(2 * kernel.size1 - 1),
         table2(2 * k2 - 1),
         bias_pitch(padded(table2) + L),
-        column_pitch(padded(pl.key_size[2] + k2 + L)) {
+        column_pitch(padded(pl.key_size[2] + most_lead() + (is_neighborhood() ? L : k2 + L))) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
     Arena arena(scratch);
     const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
@@ -72,6 +73,10 @@ struct Worker {
   }
 
   // ---- staging ----
+
+  bool is_neighborhood() const { return params.axis[2].kind == AxisKind::kNeighborhood; }
+  // Keys of a block of a neighborhood begin K / 2 before its first query, which is at a multiple of L.
+  int64_t most_lead() const { return is_neighborhood() ? k2 / 2 % L : 0; }
 
   int64_t position(int axis, int64_t p) const { return params.axis[axis].position(item.group[axis], p); }
 
@@ -110,12 +115,12 @@ struct Worker {
         prefetch(view, item.key_lo[0] + r0, item.key_lo[1] + r1 + 1, item.key_lo[2], columns, channels);
       }
       T* row = to + (r0 * item.key_n[1] + r1) * channels * column_pitch;
-      const int64_t written = padded(columns);
+      const int64_t written = padded(column_lead + columns);
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t i = written; i < column_pitch; i += L) store(row + c * column_pitch + i, Vec<T>{});
       }
       copy_columns(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), columns,
-                   channels, T(1), column_pitch, row);
+                   channels, T(1), column_pitch, row, column_lead);
     });
   }
   // Points `rows` at the item's keys in `view`, or fills it with a copy.
@@ -160,6 +165,8 @@ struct Worker {
   bool begin(int64_t index) {
     item = locate(params, plan, index);
     if (item.empty) return false;
+    const bool edges_only = item.hi[2] - item.lo[2] <= L;  // one block: its keys stop at both borders
+    column_lead = edges_only ? 0 : max_of(most_lead() - (item.lo[2] - item.key_lo[2]), 0);
     if (needs.scores) stage_columns(params.key, depth, key_columns);
     if (needs.dscores) stage_columns(params.value, value_depth, value_columns);
     if (needs.key_rows) stage_rows(params.key, depth, key_rows);
@@ -208,12 +215,15 @@ struct Worker {
         for (int64_t t = 0; t < k2; t += tile) {
           const int64_t n = min_of(tile, k2 - t);
           args.query = query + begin * channels * L;
-          args.key = key + (r0 * item.key_n[1] + r1) * channels * column_pitch + block.first[0] + t;
+          args.key = key + (r0 * item.key_n[1] + r1) * channels * column_pitch + column_lead + block.first[0] + t;
           for (int r = begin; r < end; ++r) {
             args.bias[r - begin] = with_bias ? bias + bias_row(p0, p1 + r, r0, r1) * bias_pitch + block.bias_base + t : no_bias;
             args.score[r - begin] = to + (r * slots + slot_row(rows[r], r0, r1) + t) * L;
           }
-          pick_score_tile<T>(end - begin, static_cast<int>(n), block.key_lanes.reach)(args);
+          const Reach reach = block.key_lanes.reach;
+          const bool aligned =
+              kShiftsIn && reach == Reach::kConsecutive && block.live == L && (column_lead + block.first[0] + t) % L == 0;
+          pick_score_tile<T>(end - begin, static_cast<int>(n), aligned ? Reach::kAligned : reach)(args);
         }
       }
     }

@@ -8,7 +8,8 @@
 // Each multiply-add of the op happens in one of the three.
 
 // How the lanes of a block reach into a row of memory: lane l reads p[offset[l]], 0 <= offset[l] < kLanes.
-enum class Reach { kConsecutive, kSame, kWithin };  // offset[l] = l; all 0; any
+// kAligned is kConsecutive where p is on a vector's boundary.
+enum class Reach { kConsecutive, kSame, kWithin, kAligned };  // offset[l] = l; all 0; any; l
 
 template <class T>
 struct LaneMap {
@@ -39,6 +40,29 @@ NATRPB_INLINE Vec<T> load_lanes(const T* p, const LaneMap<T>& map) {
   } else {
     return permute<T>(load(p), map.offset);
   }
+}
+
+// Whether one instruction takes any kLanes neighboring lanes of two vectors.
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+inline constexpr bool kShiftsIn = true;
+#else
+inline constexpr bool kShiftsIn = false;
+#endif
+
+// Lanes J .. J + kLanes - 1 of a and b behind one another.
+template <int J, class T>
+NATRPB_INLINE Vec<T> shift_in(Vec<T> a, [[maybe_unused]] Vec<T> b) {
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+  if constexpr (J == 0) {
+    return a;
+  } else if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_alignr_epi32(0xffff, bit_cast<__m512i>(b), bit_cast<__m512i>(a), J));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_maskz_alignr_epi64(0xff, bit_cast<__m512i>(b), bit_cast<__m512i>(a), J));
+  }
+#else
+  static_assert(J < 0, "see kShiftsIn");
+#endif
 }
 
 // Rows and slots of a score tile: rows * slots accumulators, one query and one key vector must fit the register file.
@@ -72,9 +96,15 @@ void score_tile(const ScoreArgs<T>& args) {
     for (int64_t c = min_of(kRun, depth - begin); c > 0; --c, key += args.pitch, query += L) {
       Vec<T> q[ROWS];
       unroll<ROWS>([&](auto r) NATRPB_LAMBDA { q[decltype(r)::value] = load(query + decltype(r)::value * depth * L); });
+      const Vec<T> low = load(key), high = R == Reach::kAligned ? load(key + L) : low;
       unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
         constexpr int j = decltype(t)::value;
-        const Vec<T> k = in_register(load_lanes<T, R>(key + j, lanes));
+        Vec<T> k;
+        if constexpr (R == Reach::kAligned) {
+          k = in_register(shift_in<j, T>(low, high));
+        } else {
+          k = in_register(load_lanes<T, R>(key + j, lanes));
+        }
         unroll<ROWS>([&](auto r) NATRPB_LAMBDA { acc[decltype(r)::value][j] += q[decltype(r)::value] * k; });
       });
     }
@@ -107,6 +137,9 @@ ScoreTile<T> pick_score_tile(int rows, int slots, Reach reach) {
   const auto all = std::make_integer_sequence<int, kRowTile * kSlotTile>{};
   if (reach == Reach::kConsecutive) return pick_score_tile<T, Reach::kConsecutive>(index, all);
   if (reach == Reach::kSame) return pick_score_tile<T, Reach::kSame>(index, all);
+  if constexpr (kShiftsIn) {
+    if (reach == Reach::kAligned) return pick_score_tile<T, Reach::kAligned>(index, all);
+  }
   return pick_score_tile<T, Reach::kWithin>(index, all);
 }
 
