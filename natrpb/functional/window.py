@@ -225,16 +225,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
     """Query and key whose plain product, with scale 1, is exp(min(logit_scale, log 100)) * cos(query, key)."""
-    wide = _wide(query.dtype)
-    factor = logit_scale.to(wide).flatten().clamp(max=MAX_LOGIT_SCALE).exp()
-    return (_unit(query, wide) * factor[:, None]).to(query.dtype), _unit(key, wide).to(key.dtype), 1.0
-
-
-def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / |x| over the last axis; zero stays zero, with a finite gradient (a clamped norm gives 1e12 there)."""
-    x = x.to(dtype)
-    square = x.square().sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1).rsqrt()
+    factor = logit_scale.to(_wide(query.dtype)).flatten().clamp(max=MAX_LOGIT_SCALE).exp()
+    return ops.l2_normalize(query, factor), ops.l2_normalize(key), 1.0
 
 
 def _unfused(query, key, value, rpb, dense_bias, pattern, scale, dropout_p):
