@@ -19,7 +19,7 @@ from .gpu import Captured
 from .gpu_report import NO_BIAS
 from .harness import OURS, TOLERANCE, Contender, Problem, Tensors, Unavailable, Workload, autograd_results
 from .models import dotted, timm_model, with_plain_op
-from .problems import PACKED, block_problem, exact_attention, pairs_of
+from .problems import PACKED, block_problem, cosine_problem, exact_attention, pairs_of
 
 BATCH = 128
 NA_STAGES = [replace(stage, batch=BATCH) for stage in NAT_STAGES]
@@ -32,6 +32,7 @@ SWIN_STAGES = [
 SHIFTED = [replace(stage, shift=3) for stage in SWIN_STAGES[:3]]
 LAST_STAGES = [*SHIFTED[1:], SWIN_STAGES[3]]  # a window spans the last stage's map, which is not shifted
 BLOCK = replace(SHIFTED[0], batch=16)  # its exact answer takes all samples at once
+COSINE = Case((64, 64), 8, shift=4, batch=16, heads=3, head_dim=32)  # Swin v2-T at 256
 LARGE_WINDOWS = [
     Case((96, 96), 12, shift=6, batch=32, heads=4, head_dim=32),  # Swin-B at 384
     Case((64, 64), 16, shift=8, batch=64, heads=3, head_dim=32),  # Swin v2-T at 256
@@ -219,6 +220,11 @@ def block(case: Case, dtype: torch.dtype, mode: str) -> Problem:
     return replace(block_problem(case, dtype, mode == TRAINING, compiled=True), flops=0, bytes=0)
 
 
+def cosine(case: Case, dtype: torch.dtype, mode: str) -> Problem:
+    """Windows with Swin v2's cosine scores."""
+    return replace(cosine_problem(case, dtype, mode == TRAINING), flops=0, bytes=0)
+
+
 def all_workloads() -> list[Workload]:
     """Everything, what matters most first."""
     two, seven = "Neighborhood attention with bias, two axes", "Windows 7x7 with bias"
@@ -254,6 +260,7 @@ def all_workloads() -> list[Workload]:
             for dtype in ("fp16", "fp32")
             for mode in (FORWARD, BACKWARD)
         ],
+        *[entry("Windows with cosine scores", cosine, COSINE, mode, what="cosine ") for mode in (FORWARD, TRAINING)],
         *[entry("Window blocks, with projections", block, BLOCK, mode, what="block ") for mode in (FORWARD, TRAINING)],
     ]
 

@@ -21,6 +21,7 @@ from benchmarks.models import attention_share, make_problem
 from benchmarks.problems import (
     attention_bytes,
     block_problem,
+    cosine_problem,
     neighborhood_problem,
     pairs_of,
     unfused_problem,
@@ -191,6 +192,8 @@ class TestProblems:
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=0), torch.float32, train), id="window"),
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="shifted"),
             pytest.param(lambda train: block_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="block"),
+            pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="cosine"),
+            pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2), torch.bfloat16, train), id="cosine-bf16"),
             pytest.param(lambda train: unfused_problem(SMALL, torch.float32, train, "qk"), id="qk"),
             pytest.param(lambda train: unfused_problem(SMALL, torch.float32, train, "av"), id="av"),
         ],

@@ -51,8 +51,8 @@ def window_attention(
         rpb: [(2 W_0 - 1) * ..., heads], the layout of Swin's checkpoints, or, but for one axis in Swin's convention,
             [heads, 2 W_0 - 1, ...]; any float dtype. Its gradient is summed in fp32.
         scale: default D ** -0.5; not applied to rpb; not together with logit_scale.
-        logit_scale: [heads] or [heads, 1, 1]; query and key are then normalised in fp32 (a zero vector stays zero) and
-            rounded to their dtype, as under autocast. Above log(100) its gradient is zero.
+        logit_scale: [heads] or [heads, 1, 1]; query and key are then normalised in fp32 (a zero vector stays zero and
+            has no gradient) and rounded to their dtype, as under autocast. Above log(100) its gradient is zero.
         convention: "swin" where rpb is indexed by query minus key, "nat" where by key minus query.
         dense_bias: [heads, N, N] with N = product of W, indexed (query, key) by position within the window, added to the
             scores; runs unfused and stores the attention weights.
