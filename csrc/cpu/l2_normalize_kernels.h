@@ -8,7 +8,7 @@
 
 namespace natrpb::cpu {
 
-// Rows of one batch entry that an item takes, in all heads; a function of nothing, so that sums depend on the shapes alone.
+// Rows of one batch entry that an item takes, in all heads. Fixed, so that sums depend on the shapes alone.
 inline constexpr int64_t kL2ItemRows = 64;
 
 inline int64_t l2_items_per_batch(const L2NormalizeParams& params) { return ceil_div(params.rows, kL2ItemRows); }

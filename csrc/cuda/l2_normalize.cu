@@ -130,14 +130,14 @@ bool can_load_vectors(const L2NormalizeParams& params) {
   return all;
 }
 
-// NB: of `vector` only the lanes depend; the blocks, and with them the workspace, are those of the longest rows of lanes.
+// NB: on `vector` only the lanes depend: the workspace is asked for without knowing it.
 Deal deal_rows(const L2NormalizeParams& params, int vector) {
   const int64_t rows = params.batch * params.rows, blocks = ceil_div(kBlocksWanted, max_of(params.heads, 1));
   Deal deal;
   deal.lanes = 1;
   while (deal.lanes < kWarp && deal.lanes * vector < params.head_dim) deal.lanes *= 2;
-  const int64_t most = kThreads / 4 * kTurns;
-  deal.rows_per_block = max_of(min_of(most, ceil_div(rows, blocks)), kWarps);
+  constexpr int64_t kMostRows = kThreads / 4 * kTurns;  // with the four lanes of 32 channels of 16 bits
+  deal.rows_per_block = max_of(min_of(kMostRows, ceil_div(rows, blocks)), kWarps);
   deal.blocks_per_head = ceil_div(rows, deal.rows_per_block);
   return deal;
 }

@@ -41,6 +41,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
+def _project(w: Tensor, u: Tensor, inverse: Tensor) -> Tensor:
+    """P w, from u and 1 / |x|."""
+    return inverse * (w - u * _dot(u, w))
+
+
+def _bend(w: Tensor, dout: Tensor, u: Tensor, inverse: Tensor, f: Tensor | float) -> Tensor:
+    """The derivative of dx in direction w of x: a second derivative of <dout, out>, hence its own transpose."""
+    along, across = _dot(u, w), _dot(u, dout)
+    return -f * inverse.square() * (along * dout + across * w + u * (_dot(dout, w) - 3 * along * across))
+
+
 def _over_heads(factor: Tensor | None) -> Tensor | float:
     """factor [h] as [h, 1], beside rows [B, N, h, D]."""
     return 1.0 if factor is None else factor[:, None]
@@ -74,11 +85,7 @@ class _L2Normalize(Function):
 
 
 class _L2NormalizeBackward(Function):
-    """(dout, x, factor) -> (dx, dfactor).
-
-    The derivative of dx in direction w of x is -f / |x|^2 * (<u, w> dout + <u, dout> w + u (<dout, w> - 3 <u, w> <u, dout>)): a
-    second derivative of <dout, out>, hence its own transpose.
-    """
+    """(dout, x, factor) -> (dx, dfactor)."""
 
     @staticmethod
     def forward(*args):
@@ -97,28 +104,19 @@ class _L2NormalizeBackward(Function):
         return dout.to(u.dtype), u, inverse, _over_heads(factor)
 
     @staticmethod
-    def _bend(w, do, u, inverse, f):
-        along, across = _dot(u, w), _dot(u, do)
-        return -f * inverse.square() * (along * do + across * w + u * (_dot(do, w) - 3 * along * across))
-
-    @staticmethod
-    def _project(w, u, inverse):
-        return inverse * (w - u * _dot(u, w))
-
-    @staticmethod
     def backward(ctx, gdx, gdfactor):
         dtype = ctx.saved_tensors[0].dtype
         do, u, inverse, f = start = _L2NormalizeBackward._start(ctx)
         gdout = gx = gfactor = None
         if gdx is not None:
             w = gdx.to(u.dtype)
-            projected = _L2NormalizeBackward._project(w, u, inverse)
-            gdout, gx = f * projected, _L2NormalizeBackward._bend(w, *start)
+            projected = _project(w, u, inverse)
+            gdout, gx = f * projected, _bend(w, *start)
             gfactor = None if ctx.saved_tensors[2] is None else (projected * do).sum((0, 1, 3))
         if gdfactor is not None and ctx.saved_tensors[2] is not None:
             g = gdfactor[:, None]
             gdout = _sum(gdout, g * u)
-            gx = _sum(gx, g * _L2NormalizeBackward._project(do, u, inverse))
+            gx = _sum(gx, g * _project(do, u, inverse))
         return None if gdout is None else gdout.to(dtype), None if gx is None else gx.to(dtype), gfactor
 
     @staticmethod
@@ -128,16 +126,16 @@ class _L2NormalizeBackward(Function):
         tdout, tx = (None if t is None else t.to(u.dtype) for t in (tdout, tx))
         tdx = _sum(
             torch.zeros_like(u),
-            None if tdout is None else f * _L2NormalizeBackward._project(tdout, u, inverse),
-            None if tfactor is None else _over_heads(tfactor) * _L2NormalizeBackward._project(do, u, inverse),
-            None if tx is None else _L2NormalizeBackward._bend(tx, *start),
+            None if tdout is None else f * _project(tdout, u, inverse),
+            None if tfactor is None else _over_heads(tfactor) * _project(do, u, inverse),
+            None if tx is None else _bend(tx, *start),
         )
         if ctx.saved_tensors[2] is None:
             return tdx.to(dtype), u.new_zeros(0)
         along = _sum(
             torch.zeros_like(u),
             None if tdout is None else u * tdout,
-            None if tx is None else do * _L2NormalizeBackward._project(tx, u, inverse),
+            None if tx is None else do * _project(tx, u, inverse),
         )
         return tdx.to(dtype), along.sum((0, 1, 3))
 
