@@ -13,7 +13,7 @@ from tests.cases import NAT_STAGES, Case
 from .harness import Problem, Workload
 from .irpe import irpe_workloads
 from .models import model_workloads
-from .problems import block_problem, neighborhood_problem, unfused_problem, window_problem
+from .problems import block_problem, cosine_problem, neighborhood_problem, unfused_problem, window_problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRST_STAGE = NAT_STAGES[0]  # [1, 56, 56, 2, 32], K = 7
@@ -25,6 +25,7 @@ DILATED = [replace(FIRST_STAGE, dilation=d) for d in (2, 8)]
 CAUSAL = [replace(FIRST_STAGE, is_causal=True), Case((3136,), 31, is_causal=True, head_dim=32)]
 HEAD_DIMS = [replace(FIRST_STAGE, head_dim=head_dim) for head_dim in (16, 24, 64, 128)]
 WINDOWS = [Case((56, 56), 7, shift=shift, batch=8, heads=3, head_dim=32) for shift in (0, 3)]
+COSINE = Case((64, 64), 8, shift=4, batch=2, heads=3, head_dim=32)  # Swin v2-T at 256
 
 # Compiled peers take tens of seconds to set up, and plain training steps take seconds: few cases have them all.
 ALL = ("gather", "unfold", "SDPA", "torch.compile", "FlexAttention", "NATTEN")
@@ -97,6 +98,11 @@ def all_workloads() -> list[Workload]:
         ],
         *[workload(window, case, window_problem, train) for case in WINDOWS for train in (False, True)],
         *[workload(window, case, window_problem, False, dtype="bf16") for case in WINDOWS],
+        *[
+            workload("Windows with cosine scores", COSINE, cosine_problem, train, dtype, what="cosine ")
+            for dtype in ("fp32", "bf16")
+            for train in (False, True)
+        ],
         *[
             workload("Window blocks, with projections", WINDOWS[1], block_problem, train, what="block ")
             for train in (False, True)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 import natrpb
+from natrpb.convert import swin
 from tests.cases import NAT_STAGES, Case
 
 from . import flex, peers, windows
 from .gpu import Captured
 from .gpu_report import NO_BIAS
 from .harness import OURS, TOLERANCE, Contender, Problem, Tensors, Unavailable, Workload, autograd_results
-from .models import with_plain_op
-from .problems import PACKED, block_problem, exact_attention, pairs_of
+from .models import dotted, timm_model, with_plain_op
+from .problems import PACKED, block_problem, cosine_problem, exact_attention, pairs_of
 
 BATCH = 128
 NA_STAGES = [replace(stage, batch=BATCH) for stage in NAT_STAGES]
@@ -29,7 +30,9 @@ SWIN_STAGES = [
     for side, heads in ((56, 3), (28, 6), (14, 12), (7, 24))
 ]
 SHIFTED = [replace(stage, shift=3) for stage in SWIN_STAGES[:3]]
+LAST_STAGES = [*SHIFTED[1:], SWIN_STAGES[3]]  # a window spans the last stage's map, which is not shifted
 BLOCK = replace(SHIFTED[0], batch=16)  # its exact answer takes all samples at once
+COSINE = Case((64, 64), 8, shift=4, batch=16, heads=3, head_dim=32)  # Swin v2-T at 256
 LARGE_WINDOWS = [
     Case((96, 96), 12, shift=6, batch=32, heads=4, head_dim=32),  # Swin-B at 384
     Case((64, 64), 16, shift=8, batch=64, heads=3, head_dim=32),  # Swin v2-T at 256
@@ -123,20 +126,15 @@ def neighborhood(case: Case, dtype: torch.dtype, mode: str, compiled: bool = Tru
 
 
 def window(case: Case, dtype: torch.dtype, mode: str, compiled: bool = True) -> Problem:
-    """Windowed attention on slices of a projection, beside Swin's own path, SDPA and FlexAttention."""
+    """Windowed attention on slices of a projection, beside Swin's own path, SDPA, timm and FlexAttention."""
 
     def contenders(train: bool) -> list[Contender]:
-        swin = windows.Swin(case, dtype, train)
-        found = [ours(case, layout=PACKED), *windows.window_peers(case, dtype, train)]
+        found = [ours(case, layout=PACKED), *windows.window_peers(case, dtype, train, compiled)]
         if compiled:
-            found.append(
-                Contender(
-                    "Swin's path, compiled", lambda: torch.compile(swin.around(swin.attend), dynamic=False), swin.layout()
-                )
-            )
-            found.append(flex.windows_as_batch(swin))
-            if swin.positions < flex.USUAL_BLOCK:
-                found.append(flex.windows_as_blocks(swin))
+            path = windows.Swin(case, dtype, train)
+            found.append(flex.windows_as_batch(path))
+            if path.positions < flex.USUAL_BLOCK:
+                found.append(flex.windows_as_blocks(path))
         return found
 
     return attention(case, dtype, mode, contenders)
@@ -156,8 +154,13 @@ def model(name: str, dtype: torch.dtype, batch: int, side: int = 224, **override
         return net(images)
 
     def exactly(images: Tensor, **parameters: Tensor) -> Tensor:
-        given = {key.replace("/", "."): x for key, x in parameters.items()}
+        given = dotted(parameters)
         return torch.cat([torch.func.functional_call(net, given, (part,)) for part in images.split(MODEL_CHUNK)])
+
+    def theirs() -> torch.nn.Module:
+        model = timm_model(name, side, **overrides)
+        model.load_state_dict(swin.to_timm(net.state_dict()))
+        return model.eval().to(dtype)
 
     def answer(tensors: Tensors, dout: Tensor | None) -> Tensors:
         return autograd_results(with_plain_op(exactly))(tensors, dout)
@@ -171,12 +174,21 @@ def model(name: str, dtype: torch.dtype, batch: int, side: int = 224, **override
             Contender(GRAPH, lambda: run, wrap=Captured),
             Contender(f"{OURS}, compiled", lambda: compiled_model(net)),
             Contender("gather", lambda: with_plain_op(run)),
+            *(timm_models(theirs) if name.startswith("swin") else []),
         ],
         flops=0,
         bytes=0,
         tolerance=MODEL_TOLERANCE,
         items=batch,
     )
+
+
+def timm_models(build: Callable[[], torch.nn.Module]) -> list[Contender]:
+    def eager() -> Callable[..., Tensor]:
+        net = build()
+        return lambda images, **_: net(images)
+
+    return [Contender("timm", eager), Contender("timm, compiled", lambda: compiled_model(build()))]
 
 
 def compiled_model(net: torch.nn.Module) -> Callable[..., Tensor]:
@@ -208,9 +220,14 @@ def block(case: Case, dtype: torch.dtype, mode: str) -> Problem:
     return replace(block_problem(case, dtype, mode == TRAINING, compiled=True), flops=0, bytes=0)
 
 
+def cosine(case: Case, dtype: torch.dtype, mode: str) -> Problem:
+    """Windows with Swin v2's cosine scores."""
+    return replace(cosine_problem(case, dtype, mode == TRAINING), flops=0, bytes=0)
+
+
 def all_workloads() -> list[Workload]:
     """Everything, what matters most first."""
-    two, swin = "Neighborhood attention with bias, two axes", "Windows 7x7 with bias"
+    two, seven = "Neighborhood attention with bias, two axes", "Windows 7x7 with bias"
     rivals = {"FlexAttention": 5.0, "NATTEN, no bias": 1.5}
     forward, backward = (0.70, 0.65, 0.60, 0.50), 0.45
     launch, image, large = "Launches, one image", "Whole models, inference", "Larger windows and volumes"
@@ -220,12 +237,12 @@ def all_workloads() -> list[Workload]:
         entry(two, neighborhood, FAR, FORWARD, goals={"floor": 0.5, **rivals}),
         entry(two, neighborhood, FAR, BACKWARD, goals=rivals, plain=False),
         *[
-            entry(swin, window, case, mode, compiled=mode != TRAINING, goals=beside_sdpa | floor)
+            entry(seven, window, case, mode, compiled=mode != TRAINING, goals=beside_sdpa | floor)
             for case in (SWIN_STAGES[0], SHIFTED[0])
             for (mode, beside_sdpa), floor in zip(GOALS_BESIDE_SDPA, GOALS_OF_WINDOWS)
         ],
         *[
-            entry(swin, window, case, mode, compiled=False, goals=goal)
+            entry(seven, window, case, mode, compiled=mode == FORWARD and case in LAST_STAGES, goals=goal)
             for case in (*SWIN_STAGES[1:], *SHIFTED[1:])
             for mode, goal in GOALS_BESIDE_SDPA
         ],
@@ -235,6 +252,7 @@ def all_workloads() -> list[Workload]:
             for mode, goal in GOALS_BESIDE_SDPA
         ],
         *[model_entry(image, name, goal) for name, goal in (("nat_tiny", 2 * 2772.0), ("dinat_tiny", 2 * 2909.0))],
+        model_entry(image, "swin_tiny_patch4_window7_224"),
         *[entry(launch, launches, case, mode) for case in SMALL for mode in (FORWARD, TRAINING)],
         *[entry("Dilated", neighborhood, DILATED, mode, compiled=False, plain=False) for mode in (FORWARD, BACKWARD)],
         *[
@@ -242,6 +260,7 @@ def all_workloads() -> list[Workload]:
             for dtype in ("fp16", "fp32")
             for mode in (FORWARD, BACKWARD)
         ],
+        *[entry("Windows with cosine scores", cosine, COSINE, mode, what="cosine ") for mode in (FORWARD, TRAINING)],
         *[entry("Window blocks, with projections", block, BLOCK, mode, what="block ") for mode in (FORWARD, TRAINING)],
     ]
 
@@ -251,9 +270,10 @@ GOALS_BESIDE_SDPA = [(FORWARD, {"SDPA per window": 2.0}), (BACKWARD, {}), (TRAIN
 GOALS_OF_WINDOWS = [{"floor": 0.7, "FlexAttention": 5.0}, {"floor": 0.45, "FlexAttention": 5.0}, {}]
 
 
-def model_entry(group: str, name: str, images_per_second: float) -> Workload:
+def model_entry(group: str, name: str, images_per_second: float | None = None) -> Workload:
     make = functools.partial(_seeded, model, name, torch.float16, BATCH)
-    return Workload(f"{name}-224-B{BATCH} fp16 forward", group, make, goals={"images": images_per_second})
+    goals = {} if images_per_second is None else {"images": images_per_second}
+    return Workload(f"{name.removesuffix('_224')}-224-B{BATCH} fp16 forward", group, make, goals=goals)
 
 
 def quick_workloads() -> list[Workload]:

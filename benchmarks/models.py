@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import natrpb
+from natrpb.convert import swin
 from natrpb.patterns import Pattern
 
-from .harness import OURS, Contender, Problem, Workload, autograd_results
+from .harness import OURS, Contender, Layout, Problem, Tensors, Workload, autograd_results
 from .peers import gathered_attention, pattern_index
+from .timm_import import timm_module
 
 # Twenty layers add up what a single op rounds.
 TOLERANCE = 2e-3
@@ -35,6 +37,34 @@ def with_plain_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def timm_model(name: str, side: int, **overrides) -> torch.nn.Module:
+    """timm's model of the same name, which is that of ours for Swin v1 and v2; raises `Unavailable` without timm."""
+    return timm_module().create_model(name, img_size=side, drop_path_rate=0.0, **overrides)
+
+
+def timm_contender(name: str, side: int, train: bool, **overrides) -> Contender:
+    """timm's Swin with the problem's weights, renamed."""
+
+    def build() -> Callable[..., Tensor]:
+        model = timm_model(name, side, **overrides).train(train)
+        return lambda images, **parameters: torch.func.functional_call(model, dotted(parameters), (images,))
+
+    def renamed(convert: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+        def change(tensors: Tensors) -> Tensors:
+            kept = {key: x for key, x in tensors.items() if key in ("images", "dout", "out")}
+            weights = convert(dotted({key: x for key, x in tensors.items() if key not in kept}))
+            return kept | {key.replace(".", "/"): x for key, x in weights.items()}
+
+        return change
+
+    return Contender("timm", build, Layout(renamed(swin.to_timm), renamed(swin.from_timm)))
+
+
+def dotted(parameters: Tensors) -> Tensors:
+    """By the names that the model itself uses; arguments of functions have slashes in place of dots."""
+    return {key.replace("/", "."): x for key, x in parameters.items()}
+
+
 def attention_share(call: Callable[[], object]) -> float:
     """The part of a call's time that is spent in natrpb's ops, from a few profiled calls."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -51,7 +81,7 @@ def attention_share(call: Callable[[], object]) -> float:
 
 
 def attention_flops(model: torch.nn.Module, side: int, batch: int, train: bool) -> tuple[int, int]:
-    """Useful operations and least traffic of all attention ops of a NAT on square images; see `benchmarks.problems`."""
+    """Useful operations and least traffic of all attention ops of a model on square images; see `benchmarks.problems`."""
     from .problems import attention_bytes, useful_flops
 
     sizes = []
@@ -76,14 +106,15 @@ def make_problem(name: str, batch: int, train: bool, side: int = 224, **override
     images = torch.randn(batch, 3, side, side)
 
     def run(images: Tensor, **parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {key.replace("/", "."): x for key, x in parameters.items()}, (images,))
+        return torch.func.functional_call(model, dotted(parameters), (images,))
 
+    theirs = [timm_contender(name, side, train, **overrides)] if name.startswith("swin") else []
     flops, size = attention_flops(model, side, batch, train)
     return Problem(
         tensors={"images": images, **parameters},
         dout=torch.randn(batch, model.num_classes) if train else None,
         exact=autograd_results(with_plain_op(run)),
-        contenders=[Contender(OURS, lambda: run), Contender("gather", lambda: with_plain_op(run))],
+        contenders=[Contender(OURS, lambda: run), Contender("gather", lambda: with_plain_op(run)), *theirs],
         flops=flops,
         bytes=size,
         tolerance=TOLERANCE,
@@ -94,10 +125,10 @@ def make_problem(name: str, batch: int, train: bool, side: int = 224, **override
 def model_workloads() -> list[Workload]:
     return [
         Workload(
-            f"{name}-224-B1 fp32 {'forward+backward' if train else 'forward'}",
+            f"{name.removesuffix('_224')}-224-B1 fp32 {'forward+backward' if train else 'forward'}",
             "Whole models",
             functools.partial(make_problem, name, 1, train),
         )
-        for name in ("nat_mini", "nat_tiny")
+        for name in ("nat_mini", "nat_tiny", "swin_tiny_patch4_window7_224")
         for train in (False, True)
     ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import natrpb
@@ -110,6 +112,37 @@ def window_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
         flops=useful_flops(pairs_of(case), case.head_dim, train),
         bytes=attention_bytes(query.numel(), dtype.itemsize, train),
         tolerance=TOLERANCE[dtype],
+    )
+
+
+def cosine_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
+    """Windows with Swin v2's cosine scores, on slices of a projection; normalising counts as no useful work."""
+    query, key, value, rpb, pattern, _ = case.inputs(dtype)
+    swin = windows.Swin(case, dtype, train)
+    swin.scale = 1.0
+    attend = functools.partial(
+        natrpb.window_attention, window_size=pattern.kernel_size, shift_size=pattern.shift, convention="nat"
+    )
+
+    def normalized(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, logit_scale: Tensor) -> Tensor:
+            factor = logit_scale.clamp(max=math.log(100)).exp()
+            return attend(F.normalize(query, dim=-1) * factor[:, None], F.normalize(key, dim=-1), value, rpb)
+
+        return run
+
+    return Problem(
+        tensors=dict(query=query, key=key, value=value, rpb=rpb, logit_scale=torch.rand(case.heads, dtype=dtype) + 2),
+        dout=torch.randn_like(value) if train else None,
+        exact=autograd_results(normalized(lambda *tensors: reference.local_attention(*tensors, pattern, 1.0)[0])),
+        contenders=[
+            Contender(OURS, lambda: attend, PACKED),
+            Contender("normalised by torch", lambda: normalized(lambda *x: ops.local_attention(*x, pattern, 1.0)[0]), PACKED),
+            Contender("Swin's path", lambda: normalized(swin.around(swin.attend)), swin.layout()),
+        ],
+        flops=useful_flops(pairs_of(case), case.head_dim, train),
+        bytes=attention_bytes(query.numel(), dtype.itemsize, train),
+        tolerance=5 * TOLERANCE[dtype],
     )
 
 

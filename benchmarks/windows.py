@@ -6,7 +6,6 @@ The peers of the op pay the same: their query comes as a map, and their key and 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from tests.cases import Case
 
 from .harness import AS_IS, OURS, Contender, Layout, Tensors, Unavailable
 from .peers import BIAS_ALIGNMENT, fused_sdpa
+from .timm_import import timm_module
 
 
 def partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
@@ -138,11 +138,13 @@ class Swin:
         return Layout(pack, unpack)
 
 
-def window_peers(case: Case, dtype: torch.dtype, train: bool) -> list[Contender]:
+def window_peers(case: Case, dtype: torch.dtype, train: bool, compiled: bool = False) -> list[Contender]:
     swin = Swin(case, dtype, train)
     return [
         Contender("Swin's path", lambda: swin.around(swin.attend), swin.layout()),
         Contender("SDPA per window", lambda: swin.around(swin.attend_sdpa), swin.layout()),
+        timm_windows(case, dtype, swin),
+        *([compiled_path(swin), timm_windows(case, dtype, swin, compiled=True)] if compiled else []),
     ]
 
 
@@ -191,6 +193,8 @@ def block_contenders(case: Case, dtype: torch.dtype, train: bool, compiled: bool
     ]
 
 
+# timm's module, between what Swin does around it.
+
 _TIMM_NAMES = {
     "qkv_weight": "qkv.weight",
     "qkv_bias": "qkv.bias",
@@ -200,13 +204,25 @@ _TIMM_NAMES = {
 }
 
 
+def timm_attention(case: Case, dtype: torch.dtype, swin: Swin) -> torch.nn.Module:
+    if case.ndim != 2:
+        raise Unavailable("timm's windows have two axes")
+    kind = timm_module("timm.models.swin_transformer").WindowAttention
+    return kind(case.heads * case.head_dim, case.heads, window_size=swin.window, qkv_bias=True).to(dtype)
+
+
+def timm_contender(build: Callable[[], Callable[..., Tensor]], layout: Layout, compiled: bool) -> Contender:
+    """A contender as it is, or all of it compiled."""
+    if not compiled:
+        return Contender("timm", build, layout)
+    return Contender("timm, compiled", lambda: torch.compile(build(), dynamic=False), layout)
+
+
 def timm_block(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = False) -> Contender:
-    """timm's WindowAttention between Swin's roll and partition, as it is or all of it compiled."""
+    """timm's WindowAttention between Swin's roll and partition."""
 
     def build() -> Callable[..., Tensor]:
-        module = timm_window_attention()(case.heads * case.head_dim, case.heads, window_size=swin.window, qkv_bias=True).to(
-            dtype
-        )
+        module = timm_attention(case, dtype, swin)
 
         def run(x: Tensor, **parameters: Tensor) -> Tensor:
             given = {_TIMM_NAMES[name]: tensor for name, tensor in parameters.items()}
@@ -214,20 +230,45 @@ def timm_block(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = Fals
             out = torch.func.functional_call(module, given, (windows,), {"mask": swin.mask})
             return reverse(out, swin.window, swin.shift, case.spatial)
 
-        return torch.compile(run, dynamic=False) if compiled else run
-
-    to_swin = lambda tensors: {**tensors, "rpb": tables.nat_to_swin(tensors["rpb"]).contiguous()}  # noqa: E731
+        return run
 
     def to_nat(results: Tensors) -> Tensors:
-        return results if "rpb" not in results else {**results, "rpb": tables.swin_to_nat(results["rpb"])}
+        return results if "rpb" not in results else {**results, "rpb": tables.swin_to_nat(results["rpb"], swin.window)}
 
-    return Contender("timm, compiled" if compiled else "timm", build, Layout(to_swin, to_nat))
+    return timm_contender(build, Layout(lambda tensors: {**tensors, "rpb": to_timm_table(tensors["rpb"])}, to_nat), compiled)
 
 
-@functools.cache
-def timm_window_attention() -> type:
-    try:
-        from timm.models.swin_transformer import WindowAttention
-    except Exception as failure:
-        raise Unavailable(f"timm does not import ({type(failure).__name__})") from None
-    return WindowAttention
+def timm_windows(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = False) -> Contender:
+    """timm's WindowAttention without its projections: they pass on a qkv that is in windows already, which spares timm the
+    roll and the partition of their input; the result leaves as a map."""
+
+    def build() -> Callable[..., Tensor]:
+        module = timm_attention(case, dtype, swin)
+        module.qkv = module.proj = torch.nn.Identity()
+
+        def run(qkv: Tensor, rpb: Tensor) -> Tensor:
+            given = {"relative_position_bias_table": rpb}
+            out = torch.func.functional_call(module, given, (qkv,), {"mask": swin.mask})
+            return reverse(out.unflatten(-1, (case.heads, -1)), swin.window, swin.shift, case.spatial)
+
+        return run
+
+    names = "query", "key", "value"
+
+    def pack(tensors: Tensors) -> Tensors:
+        qkv = torch.stack([partition(tensors[name], swin.window, swin.shift) for name in names], 2).flatten(2)
+        rest = {name: x for name, x in tensors.items() if name == "dout"}
+        return {"qkv": qkv, "rpb": to_timm_table(tensors["rpb"])} | rest
+
+    def unpack(results: Tensors) -> Tensors:
+        if "qkv" not in results:
+            return results
+        parts = results["qkv"].unflatten(-1, (3, case.heads, -1)).unbind(2)
+        maps = (reverse(part, swin.window, swin.shift, swin.spatial) for part in parts)
+        return {"out": results["out"], "rpb": tables.swin_to_nat(results["rpb"], swin.window), **dict(zip(names, maps))}
+
+    return timm_contender(build, Layout(pack, unpack), compiled)
+
+
+def to_timm_table(rpb: Tensor) -> Tensor:
+    return tables.nat_to_swin(rpb).contiguous()

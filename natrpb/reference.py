@@ -164,3 +164,23 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | Non
     scores = scores.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     out = local_av(scores.softmax(-1).to(value.dtype), value, pattern)
     return out.movedim(1, -2), scores.logsumexp(-1).movedim(1, -1)
+
+
+def l2_normalize(x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Rows of length `factor`: out[b,i,h] = factor[h] * x[b,i,h] / |x[b,i,h]|, computed in fp32 (fp64 for fp64).
+
+    A row of zeros stays one and has no gradient. Products of such rows are the cosines of Swin v2 (Liu et al. 2022, eq. 2).
+
+    Args:
+        x: [B, *, h, D].
+        factor: [h], or None for 1.
+
+    Returns:
+        [B, *, h, D] in x's dtype.
+    """
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    square = wide.square().sum(-1, keepdim=True)
+    # NB: two choices, since the gradient of the one that is not taken must be finite, too.
+    inverse = torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())
+    unit = wide * inverse
+    return (unit if factor is None else unit * factor.to(wide.dtype)[:, None]).to(x.dtype)

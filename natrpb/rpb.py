@@ -16,6 +16,8 @@ from torch import Tensor
 from . import reference
 from .patterns import check_fits, neighborhood_pattern, per_axis, window_pattern
 
+RESIZE_MODES = ("bicubic", "bilinear", "geometric", "geometric_cubic")
+
 
 def nat_index(spatial: int | Sequence[int], kernel_size, dilation=1, stride=1, is_causal=False) -> Tensor:
     """Flat table index of every (query, key slot) pair of neighborhood attention (key minus query + K - 1, row-major).
@@ -114,7 +116,9 @@ def resize(rpb: Tensor, kernel_size, mode: str = "bicubic", align_corners: bool 
         mode: "bicubic", as the official Swin and NAT code resize, "bilinear", or "geometric": linear interpolation
             between entries taken to lie at distances 1, 1 + q, 1 + q + q^2, ... from the centre, q chosen so that the
             outermost entries stay outermost, as BEiT's code and timm resize. An axis that keeps its size is not touched.
-        align_corners: see `torch.nn.functional.interpolate`; not for "geometric".
+            "geometric_cubic": the same with cubic splines (not-a-knot) in place of lines, as SimMIM's code resizes Swin's
+            tables; K must be at least 3 then.
+        align_corners: see `torch.nn.functional.interpolate`; not for "geometric" and "geometric_cubic".
 
     Returns:
         [heads, 2 K'_0 - 1, 2 K'_1 - 1] in rpb's dtype; differentiable.
@@ -123,24 +127,26 @@ def resize(rpb: Tensor, kernel_size, mode: str = "bicubic", align_corners: bool 
         ValueError: another shape or mode.
     """
     _check_table("rpb", rpb, "[heads, 2 K_0 - 1, 2 K_1 - 1]", ranks=(3,))
-    if mode not in ("bicubic", "bilinear", "geometric"):
-        raise ValueError(f"mode must be 'bicubic', 'bilinear' or 'geometric', got {mode!r}")
-    if align_corners and mode == "geometric":
-        raise ValueError("align_corners is not defined for mode 'geometric'")
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, RESIZE_MODES))}, got {mode!r}")
+    geometric = mode.startswith("geometric")
+    if align_corners and geometric:
+        raise ValueError(f"align_corners is not defined for mode {mode!r}")
     size = neighborhood_pattern(2, kernel_size).rpb_shape
     if tuple(rpb.shape[1:]) == size:
         return rpb
     compute = rpb.to(torch.promote_types(rpb.dtype, torch.float32))
-    if mode == "geometric":
-        rows, columns = (_geometric_weights(old, new, compute) for old, new in zip(rpb.shape[1:], size))
+    if geometric:
+        cubic = mode == "geometric_cubic"
+        rows, columns = (_geometric_weights(old, new, cubic).to(compute) for old, new in zip(rpb.shape[1:], size))
         return (rows @ compute @ columns.t()).to(rpb.dtype)
     return F.interpolate(compute[None], size=size, mode=mode, align_corners=align_corners)[0].to(rpb.dtype)
 
 
-def _geometric_weights(old: int, new: int, like: Tensor) -> Tensor:
-    """[new, old], the linear interpolation along one axis from `old` entries in geometric progression to `new` even ones."""
+def _geometric_weights(old: int, new: int, cubic: bool) -> Tensor:
+    """fp64 [new, old], the interpolation along one axis from `old` entries in geometric progression to `new` even ones."""
     if old == new:
-        return torch.eye(old, dtype=like.dtype, device=like.device)
+        return torch.eye(old, dtype=torch.float64)
     half = old // 2
     low, high = 1.01, 1.5
     while high - low > 1e-6:
@@ -153,11 +159,35 @@ def _geometric_weights(old: int, new: int, like: Tensor) -> Tensor:
     wanted = wanted.clamp(known[0], known[-1])
     right = torch.searchsorted(known, wanted).clamp(min(1, half), old - 1)
     left = (right - 1).clamp(min=0)
-    share = (wanted - known[left]) / (known[right] - known[left]).clamp(min=1)  # gaps are at least 1; 0 / 1 for one entry
+    gap = (known[right] - known[left]).clamp(min=1)  # gaps are at least 1; 0 / 1 for one entry
+    share = (wanted - known[left]) / gap
     weights = torch.zeros(new, old, dtype=torch.float64)
-    weights.scatter_add_(1, left[:, None], 1 - share[:, None])
-    weights.scatter_add_(1, right[:, None], share[:, None])
-    return weights.to(like)
+    curvature = torch.zeros(new, old, dtype=torch.float64)  # of the spline's second derivatives at the entries
+    for side, part in ((left, 1 - share), (right, share)):
+        weights.scatter_add_(1, side[:, None], part[:, None])
+        curvature.scatter_add_(1, side[:, None], ((part**3 - part) * gap**2 / 6)[:, None])
+    return weights + curvature @ _second_derivatives(known) if cubic else weights
+
+
+def _second_derivatives(x: Tensor) -> Tensor:
+    """[n, n], from values at x to the second derivatives there of the cubic spline through them.
+
+    Its first derivative is continuous: h_0 M_0 + 2 (h_0 + h_1) M_1 + h_1 M_2 = 6 ((y_2 - y_1) / h_1 - (y_1 - y_0) / h_0) for
+    every three neighbors with gaps h_0 and h_1. The third one is too at the second entry from either end (not-a-knot).
+    """
+    n = len(x)
+    if n < 4:
+        raise ValueError(f"mode 'geometric_cubic' takes tables of at least 5 entries per axis (kernel_size 3), got {n}")
+    system, values = torch.zeros(2, n, n, dtype=x.dtype)
+    gaps = x.diff()
+    for i in range(1, n - 1):
+        before, after = gaps[i - 1], gaps[i]
+        system[i, i - 1 : i + 2] = torch.stack([before, 2 * (before + after), after])
+        values[i, i - 1 : i + 2] = torch.stack([6 / before, -6 / before - 6 / after, 6 / after])
+    for row, i in ((0, 1), (n - 1, n - 2)):
+        before, after = gaps[i - 1], gaps[i]
+        system[row, i - 1 : i + 2] = torch.stack([after, -before - after, before])
+    return torch.linalg.solve(system, values)
 
 
 def resize_swin(table: Tensor, window_size, old_window_size=None, mode: str = "bicubic") -> Tensor:

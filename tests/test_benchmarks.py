@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 import types
 
@@ -20,6 +21,7 @@ from benchmarks.models import attention_share, make_problem
 from benchmarks.problems import (
     attention_bytes,
     block_problem,
+    cosine_problem,
     neighborhood_problem,
     pairs_of,
     unfused_problem,
@@ -190,6 +192,8 @@ class TestProblems:
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=0), torch.float32, train), id="window"),
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="shifted"),
             pytest.param(lambda train: block_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="block"),
+            pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="cosine"),
+            pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2), torch.bfloat16, train), id="cosine-bf16"),
             pytest.param(lambda train: unfused_problem(SMALL, torch.float32, train, "qk"), id="qk"),
             pytest.param(lambda train: unfused_problem(SMALL, torch.float32, train, "av"), id="av"),
         ],
@@ -204,6 +208,13 @@ class TestProblems:
         problem = make_problem("nat_mini", 1, train=True, side=32, embed_dim=16, depths=(1, 1, 1, 1))
         line = measured(problem)
         assert list(line.timings) == [OURS, "gather"] and 0 < line.attention_share < 1
+
+    @pytest.mark.parametrize("train", [False, True], ids=["forward", "backward"])
+    def test_a_whole_swin(self, train):
+        pytest.importorskip("timm", exc_type=ImportError)
+        small = dict(embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4, num_classes=5)
+        line = measured(make_problem("swin_tiny_patch4_window7_224", 2, train, side=64, **small))
+        assert list(line.timings) == [OURS, "gather", "timm"] and 0 < line.attention_share < 1
 
     def test_natten_by_its_own_names(self, monkeypatch):
         module = types.ModuleType("natten.functional")
@@ -225,6 +236,20 @@ class TestProblems:
 
 
 PEERS = ("gather", "unfold", "SDPA", "NATTEN")
+
+
+def test_timm_is_a_peer_outside_of_the_tests_too():
+    """There it must be imported beside a CPU torch without the help of conftest.py."""
+    pytest.importorskip("timm", exc_type=ImportError)
+    script = "from benchmarks.timm_import import timm_module; print(timm_module('timm.models.swin_transformer').__name__)"
+    process = subprocess.run([sys.executable, "-c", script], cwd=machine.ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "timm.models.swin_transformer", process.stderr
+
+
+def test_without_timm_its_lines_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.models.swin_transformer", None)
+    line = measured(block_problem(Case((8, 12), 4, shift=2), torch.float32, False))
+    assert line.absent["timm"] == "timm does not import (ModuleNotFoundError)"
 
 
 def test_flops_and_bytes():

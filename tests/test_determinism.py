@@ -37,7 +37,7 @@ def threads():
 
 
 def bits(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Output, lse, all gradients, and the unfused ops' results."""
+    """Output, lse, all gradients, the unfused ops' results, rows of unit length and their gradients."""
     torch.manual_seed(0)
     inputs = case.inputs(dtype, requires_grad=True)
     out, lse = ops.local_attention(*inputs)
@@ -52,7 +52,9 @@ def bits(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
         ops.local_av_transposed(weights, query, inputs.pattern),
         ops.local_bias_grad(weights, inputs.pattern),
     ]
-    return results
+    factor = torch.rand(case.heads, dtype=lse.dtype, requires_grad=True)
+    unit = ops.l2_normalize(inputs.query, factor)
+    return [*results, unit, *torch.autograd.grad(unit, (inputs.query, factor), torch.randn_like(unit))]
 
 
 @pytest.mark.not_emulated("the emulator runs on one thread")

@@ -398,6 +398,26 @@ def test_resizing_tables_as_timm_does(old, new):
         close(rpb.resize_swin(table, new), simple, 1e-5)
 
 
+@pytest.mark.parametrize("old, new", [((7, 7), (12, 12)), ((12, 12), (24, 24)), ((7, 7), (5, 5)), ((3, 5), (4, 9))], ids=str)
+def test_cubic_geometric_resizing_is_the_bicubic_spline_over_that_grid(old, new):
+    """As SimMIM's code resizes; the spline through a grid is SciPy's."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+    table = torch.randn(2, *(2 * w - 1 for w in old), dtype=torch.float64)
+    ours = rpb.resize(table, new, "geometric_cubic")
+    known, wanted = [], []
+    for before, after in zip(old, new):
+        low, high = 1.01, 1.5
+        while high - low > 1e-6:
+            ratio = (low + high) / 2
+            low, high = (low, ratio) if (ratio ** (before - 1) - 1) / (ratio - 1) > after - 1 else (ratio, high)
+        steps = torch.cumsum(ratio ** torch.arange(before - 1, dtype=torch.float64), 0)
+        known.append(torch.cat([-steps.flip(0), torch.zeros(1), steps]).cpu().numpy())
+        wanted.append(torch.arange(1 - after, after, dtype=torch.float64).cpu().numpy())
+    for head, resized in zip(table, ours):
+        spline = interpolate.RectBivariateSpline(*known, head.cpu().numpy(), s=0)
+        close(resized, torch.tensor(spline(*wanted)), 1e-8)
+
+
 def test_geometric_resizing_keeps_constants_centre_and_untouched_axes():
     table = torch.randn(2, 13, 9, dtype=torch.float64, requires_grad=True)
     larger = rpb.resize(table, (7, 8), "geometric")
@@ -408,6 +428,11 @@ def test_geometric_resizing_keeps_constants_centre_and_untouched_axes():
     assert torch.autograd.gradcheck(lambda t: rpb.resize(t, (3, 6), "geometric"), table)
     with pytest.raises(ValueError, match="align_corners"):
         rpb.resize(table, 9, "geometric", align_corners=True)
+    larger = rpb.resize(table, (7, 8), "geometric_cubic")
+    close(larger[:, :, 7:9], table[:, :, 4:6])
+    close(rpb.resize(torch.ones(1, 13, 13), 12, "geometric_cubic"), torch.ones(1, 23, 23), 1e-6)
+    with pytest.raises(ValueError, match="at least 5 entries per axis"):
+        rpb.resize(torch.ones(1, 3, 3), 3, "geometric_cubic")
 
 
 @needs_compiled

@@ -2,6 +2,7 @@
 //
 // The five integer lists are one attention pattern, one entry per spatial axis (geometry.h): kind 0 neighborhood, 1 causal,
 // 2 window. Fused tensors are heads-last, [B, *, h, D]; unfused ones heads-first, [B, h, *, D], as NATTEN has them.
+// l2_normalize takes [B, N, h, D], all positions on one axis.
 #include <torch/csrc/stable/library.h>
 
 // irpe: index maps and masks are [Nq, Nk] or so, shared by batch and heads; see natrpb/reference_irpe.py.
@@ -20,6 +21,9 @@ STABLE_TORCH_LIBRARY(natrpb, m) {
   m.def("local_av(Tensor attn, Tensor value, " NATRPB_PATTERN ") -> Tensor");
   m.def("local_av_transposed(Tensor attn, Tensor x, " NATRPB_PATTERN ") -> Tensor");
   m.def("local_bias_grad(Tensor dattn, " NATRPB_PATTERN ") -> Tensor");
+
+  m.def("l2_normalize(Tensor x, Tensor? factor) -> Tensor");
+  m.def("l2_normalize_backward(Tensor dout, Tensor x, Tensor? factor) -> (Tensor dx, Tensor dfactor)");
 
   m.def("rpe_index(Tensor x, Tensor index) -> Tensor");
   m.def("rpe_index_transposed(Tensor y, Tensor index, int num_buckets) -> Tensor");

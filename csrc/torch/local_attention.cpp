@@ -1,22 +1,16 @@
 // The local-attention ops on the CPU.
+#include "device_cpu.h"
 #include "local_attention_ops.h"
 
 namespace {
 
 using natrpb::LocalAttentionParams;
 using natrpb::Status;
-using natrpb::binding::Tensor;
+using natrpb::binding::CpuDevice;
 namespace cpu = natrpb::cpu;
 
-void parallel_for(int64_t count, void* body, void (*call)(void*, int64_t, int64_t)) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { call(body, begin, end); });
-}
-
-struct Cpu {
-  Cpu(const char* name, const Tensor& model) { check_device(name, model); }
-  void check_device(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the other tensors");
-  }
+struct Cpu : CpuDevice {
+  using CpuDevice::CpuDevice;
 
   using Params = LocalAttentionParams;
   int64_t local_attention_forward_workspace(const Params&) const { return 0; }

@@ -51,8 +51,8 @@ def window_attention(
         rpb: [(2 W_0 - 1) * ..., heads], the layout of Swin's checkpoints, or, but for one axis in Swin's convention,
             [heads, 2 W_0 - 1, ...]; any float dtype. Its gradient is summed in fp32.
         scale: default D ** -0.5; not applied to rpb; not together with logit_scale.
-        logit_scale: [heads] or [heads, 1, 1]; query and key are then normalised in fp32 (a zero vector stays zero) and
-            rounded to their dtype, as under autocast. Above log(100) its gradient is zero.
+        logit_scale: [heads] or [heads, 1, 1]; query and key are then normalised in fp32 (a zero vector stays zero and
+            has no gradient) and rounded to their dtype, as under autocast. Above log(100) its gradient is zero.
         convention: "swin" where rpb is indexed by query minus key, "nat" where by key minus query.
         dense_bias: [heads, N, N] with N = product of W, indexed (query, key) by position within the window, added to the
             scores; runs unfused and stores the attention weights.
@@ -225,16 +225,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
     """Query and key whose plain product, with scale 1, is exp(min(logit_scale, log 100)) * cos(query, key)."""
-    wide = _wide(query.dtype)
-    factor = logit_scale.to(wide).flatten().clamp(max=MAX_LOGIT_SCALE).exp()
-    return (_unit(query, wide) * factor[:, None]).to(query.dtype), _unit(key, wide).to(key.dtype), 1.0
-
-
-def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / |x| over the last axis; zero stays zero, with a finite gradient (a clamped norm gives 1e12 there)."""
-    x = x.to(dtype)
-    square = x.square().sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1).rsqrt()
+    factor = logit_scale.to(_wide(query.dtype)).flatten().clamp(max=MAX_LOGIT_SCALE).exp()
+    return ops.l2_normalize(query, factor), ops.l2_normalize(key), 1.0
 
 
 def _unfused(query, key, value, rpb, dense_bias, pattern, scale, dropout_p):
