@@ -313,14 +313,31 @@ struct Worker {
       for (int64_t i = 0; i < k2 * L; i += L) store(to + i, load(to + i) + load(dp + slot * L + i));
     });
   }
+  // Lane l's slots t .. t + L - 1 belong to table columns from bias_first[l] + t on, which span two vectors from bias_base + t on.
   void flush_bias(const Block<T>& block, T* table) const {
+    Index<T> place;  // within a vector
+    for (int l = 0; l < L; ++l) place[l] = static_cast<CountOf<T>>(l);
     for (int64_t row = 0; row < plan.table / table2; ++row) {
-      for (int64_t t = 0; t < k2; ++t) {
-        T* lanes = dbias + (row * k2 + t) * L;
-        for (int l = 0; l < block.live; ++l) {
-          if (t < block.count[l]) table[row * table2 + block.bias_first[l] + t] += lanes[l];
+      for (int64_t t = 0; t < k2; t += L) {
+        Vec<T> slots_of[L] = {};
+        for (int64_t i = 0; i < min_of(L, k2 - t); ++i) {
+          T* lanes = dbias + (row * k2 + t + i) * L;
+          slots_of[i] = load(lanes);
+          store(lanes, Vec<T>{});
         }
-        store(lanes, Vec<T>{});
+        transpose<T>(slots_of);
+        Vec<T> low{}, high{};
+        for (int l = 0; l < block.live; ++l) {
+          const Vec<T> real = place < static_cast<CountOf<T>>(block.count[l] - t) ? slots_of[l] : Vec<T>{};
+          const CountOf<T> offset = block.bias_lanes.offset[l];
+          const Vec<T> turned = offset ? permute<T>(real, (place - offset) & (L - 1)) : real;
+          low += place >= offset ? turned : Vec<T>{};
+          high += place < offset ? turned : Vec<T>{};
+        }
+        const int64_t column = block.bias_base + t, left = table2 - column;
+        add_row(reinterpret_cast<const T*>(&low), min_of(L, left), splat(T(1)), table + row * table2 + column);
+        if (left > L)
+          add_row(reinterpret_cast<const T*>(&high), min_of(L, left - L), splat(T(1)), table + row * table2 + column + L);
       }
     }
   }
