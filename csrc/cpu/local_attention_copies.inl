@@ -11,23 +11,37 @@ NATRPB_INLINE Vec<T> load_channels(const S* p, int64_t left) {
   return left >= kLanes<T> ? load_as<T>(p) : load_part<T>(p, left);
 }
 
+// Where rows of channels lie: `step` elements apart, from row `width` on `jump` elements further.
+struct Steps {
+  int64_t step;
+  int64_t width;
+  int64_t jump;
+
+  Steps(int64_t step_, int64_t width_ = INT64_MAX, int64_t jump_ = 0) : step(step_), width(width_), jump(jump_) {}
+  NATRPB_INLINE int64_t operator()(int64_t i) const { return i * step + (i >= width ? jump : 0); }
+};
+
 // to[i][channel] = from[i][channel]
 template <class T, class S>
-void copy_rows(const S* from, int64_t step, int64_t count, int64_t channels, T* to) {
+void copy_rows(const S* from, Steps steps, int64_t count, int64_t channels, T* to) {
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < count; ++i, from += step) {
-    for (int64_t c = 0; c < channels; c += L, to += L) store(to, load_channels<T>(from + c, channels - c));
+  for (int64_t i = 0; i < count; ++i) {
+    const S* row = from + steps(i);
+    for (int64_t c = 0; c < channels; c += L, to += L) store(to, load_channels<T>(row + c, channels - c));
   }
 }
 
 // to[c][lead + i] = factor * from[i][c] for whole vectors of lead + i; lanes before the first row and behind the last repeat it.
 template <class T, class S>
-void copy_columns(const S* from, int64_t step, int64_t count, int64_t channels, T factor, int64_t pitch, T* to,
+void copy_columns(const S* from, Steps steps, int64_t count, int64_t channels, T factor, int64_t pitch, T* to,
                   int64_t lead = 0) {
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < lead + count; i += L) {
     const S* row[L];
-    for (int n = 0; n < L; ++n) row[n] = from + min_of(max_of(i + n - lead, 0), count - 1) * step;
+    for (int n = 0; n < L; ++n) row[n] = from + min_of(max_of(i + n - lead, 0), count - 1) * steps.step;
+    if (count > steps.width) {
+      for (int n = 0; n < L; ++n) row[n] += i + n - lead >= steps.width ? steps.jump : 0;
+    }
     const auto corner = [&](int64_t c, int64_t left, auto whole) NATRPB_LAMBDA {
       constexpr bool kWhole = decltype(whole)::value;
       Vec<T> tile[L];

@@ -20,6 +20,8 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/local_attention_tiles.inl"
 
+#include "cpu/local_attention_scores.inl"
+
 #include "cpu/local_attention_items.inl"
 
 // ---- entry points, see kernels.h ----

@@ -43,7 +43,7 @@ struct Worker {
         value_depth(p.value_dim),
         key_pitch(padded(depth)),
         value_pitch(padded(value_depth)),
-        kernel{p.axis[1].kernel_size, p.axis[2].kernel_size},
+        kernel{p.axis[0].kernel_size, p.axis[1].kernel_size, p.axis[2].kernel_size},
         k2(kernel.size2),
         slots(pl.slots),
         table1(2 * kernel.size1 - 1),
@@ -86,6 +86,12 @@ struct Worker {
     return static_cast<S*>(view.data) + view.offset(item.batch, item.head, at);
   }
   int64_t column_step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
+
+  // From lane to lane of a block.
+  Steps lane_steps(const View& view, const Block<T>& block) const {
+    const int64_t step = column_step(view);
+    return {step, block.width, view.space[1] * params.axis[1].dilation - block.width * step};
+  }
 
   // Asks for `count` columns of a row before they are needed: hardware does not foresee columns that lie a few heads apart.
   // NB: inlined by force, GCC drops calls that do nothing but prefetch.
@@ -149,8 +155,8 @@ struct Worker {
   ScatterSource<T> block_rows(const View& view, int64_t p0, int64_t p1, const Block<T>& block, int64_t channels, T factor,
                               T* tile) const {
     const S* start = row_start(view, p0, p1, block.column);
-    if (in_place(channels)) return {reinterpret_cast<const T*>(start), column_step(view), factor};
-    copy_rows(start, column_step(view), block.live, channels, tile);
+    if (in_place(channels)) return {reinterpret_cast<const T*>(start), lane_steps(view, block), factor};
+    copy_rows(start, lane_steps(view, block), block.live, channels, tile);
     return {tile, padded(channels), factor};
   }
   void stage_bias() {
@@ -193,11 +199,7 @@ struct Worker {
   int64_t slot_row(const KeyRows& rows, int64_t r0, int64_t r1) const {
     return ((r0 - rows.axis0.first) * kernel.size1 + r1 - rows.axis1.first) * k2;
   }
-  bool all_slots(const Block<T>& block, const KeyRows& rows) const {
-    return block.least == k2 && rows.axis0.count() * rows.axis1.count() * k2 == slots;
-  }
-
-  // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, p1 + r), r < count.
+  // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, block.row(p1, r)), r < count.
   void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
               int64_t channels, bool with_bias, T* to) const {
     ScoreArgs<T> args{};
@@ -206,6 +208,7 @@ struct Worker {
     args.key_lanes = &block.key_lanes;
     args.bias_lanes = &block.bias_lanes;
     const int64_t tiles = ceil_div(k2, kSlotTile), tile = ceil_div(k2, tiles);
+    const bool bias_in_tile = with_bias && block.fold == 1;
     for (int64_t r0 = rows[0].axis0.first; r0 <= rows[0].axis0.last; ++r0) {
       int begin = 0, end = 0;  // the query rows that see key row r1; both only grow
       for (int64_t r1 = rows[0].axis1.first; r1 <= rows[count - 1].axis1.last; ++r1) {
@@ -217,7 +220,7 @@ struct Worker {
           args.query = query + begin * channels * L;
           args.key = key + (r0 * item.key_n[1] + r1) * channels * column_pitch + column_lead + block.first[0] + t;
           for (int r = begin; r < end; ++r) {
-            args.bias[r - begin] = with_bias ? bias + bias_row(p0, p1 + r, r0, r1) * bias_pitch + block.bias_base + t : no_bias;
+            args.bias[r - begin] = bias_in_tile ? bias_of(block, p0, block.row(p1, r), r0, r1) + t : no_bias;
             args.score[r - begin] = to + (r * slots + slot_row(rows[r], r0, r1) + t) * L;
           }
           const Reach reach = block.key_lanes.reach;
@@ -227,39 +230,27 @@ struct Worker {
         }
       }
     }
+    for (int r = 0; with_bias && !bias_in_tile && r < count; ++r) {
+      add_folded_bias(block, p0, block.row(p1, r), rows[r], to + r * slots * L);
+    }
   }
 
-  // Sets the slots without a key to `fill`, so that loops over all slots need no conditions.
-  void fill_missing(const Block<T>& block, const KeyRows& rows, T fill, T* p) const {
-    if (all_slots(block, rows)) return;
-    const Vec<T> filler = splat(fill);
-    const auto slot = [&](int64_t t0, int64_t t1, int64_t t2) { return p + ((t0 * kernel.size1 + t1) * k2 + t2) * L; };
-    for (int64_t t0 = 0; t0 < params.axis[0].kernel_size; ++t0) {
-      for (int64_t t1 = 0; t1 < kernel.size1; ++t1) {
-        const bool row_exists = t0 < rows.axis0.count() && t1 < rows.axis1.count();
-        if (!row_exists) {
-          for (int64_t t2 = 0; t2 < k2; ++t2) store(slot(t0, t1, t2), filler);
-          continue;
-        }
-        for (int64_t t2 = block.least; t2 < k2; ++t2) {
-          const auto exists = block.counts > static_cast<CountOf<T>>(t2);
-          store(slot(t0, t1, t2), exists ? load(slot(t0, t1, t2)) : filler);
-        }
+  // The table row of a pair of rows, at the block's base column.
+  const T* bias_of(const Block<T>& block, int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
+    return bias + bias_row(p0, p1, r0, r1) * bias_pitch + block.bias_base;
+  }
+  // Adds the bias to the scores of a block over two query rows: the second row's table row is the one before.
+  void add_folded_bias(const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows, T* p) const {
+    const auto second = lane_numbers<T>() >= static_cast<CountOf<T>>(block.width);
+    for_rows(rows, kernel, [&](int64_t slot, int64_t r0, int64_t r1) {
+      const T* table = bias_of(block, p0, p1, r0, r1);
+      for (int64_t t = 0; t < k2; ++t) {
+        const Vec<T> first_row = load_lanes<T, Reach::kWithin>(table + t, block.bias_lanes);
+        const Vec<T> second_row = load_lanes<T, Reach::kWithin>(table - bias_pitch + t, block.bias_lanes);
+        T* score = p + (slot + t) * L;
+        store(score, load(score) + (second ? second_row : first_row));
       }
-    }
-  }
-
-  // The largest score of every lane; four chains hide the latency of the maximum.
-  Vec<T> largest(const T* p) const {
-    Vec<T> peak[4] = {load(p), load(p), load(p), load(p)};
-    int64_t t = 0;
-    for (; t + 4 <= slots; t += 4) {
-      unroll<4>([&](auto i) NATRPB_LAMBDA {
-        peak[decltype(i)::value] = max<T>(peak[decltype(i)::value], load(p + (t + decltype(i)::value) * L));
-      });
-    }
-    for (; t < slots; ++t) peak[0] = max<T>(peak[0], load(p + t * L));
-    return max<T>(max<T>(peak[0], peak[1]), max<T>(peak[2], peak[3]));
+    });
   }
 
   // Reads one number per live lane from a view with one channel; the other lanes are zero.
@@ -267,43 +258,36 @@ struct Worker {
     Vec<T> v{};
     const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
     const T* from = static_cast<const T*>(view.data) + view.offset(item.batch, item.head, at);
-    for (int l = 0; l < block.live; ++l) v[l] = from[l * column_step(view)];
+    const Steps steps = lane_steps(view, block);
+    for (int l = 0; l < block.live; ++l) v[l] = from[steps(l)];
     return v;
   }
   void store_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block, Vec<T> v) const {
     const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
     T* to = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
-    for (int l = 0; l < block.live; ++l) to[l * column_step(view)] = v[l];
+    const Steps steps = lane_steps(view, block);
+    for (int l = 0; l < block.live; ++l) to[steps(l)] = v[l];
   }
   // Writes factor[lane] * sum_t p[t][lane] * x[t] to the block's queries in `view`, in place or through a tile.
   void store_sums(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const KeyRows& rows, const T* p,
                   const Rows<T>& x, int64_t channels, Vec<T> factor) const {
     S* to = row_start(view, p0, p1, block.column);
+    const Steps steps = lane_steps(view, block);
     if (in_place(channels)) {
-      return weighted_sum<T>(p, block, rows, kernel, x, {reinterpret_cast<T*>(to), column_step(view), factor});
+      return weighted_sum<T>(p, block, rows, kernel, x, {reinterpret_cast<T*>(to), steps, factor});
     }
     weighted_sum<T>(p, block, rows, kernel, x, {result_tile, padded(channels), factor});
     for (int l = 0; l < block.live; ++l) {
-      store_row(result_tile + l * padded(channels), channels, splat(T(1)), to + l * column_step(view));
+      store_row(result_tile + l * padded(channels), channels, splat(T(1)), to + steps(l));
     }
   }
 
   // attn[query][slot] <-> p[slot][lane]
   void store_attn(int64_t p0, int64_t p1, const Block<T>& block, const T* p) const {
-    S* to = row_start(params.attn, p0, p1, block.column);
-    for (int64_t t = 0; t < slots; t += L) {
-      Vec<T> tile[L] = {};
-      const int64_t n = min_of(L, slots - t);
-      for (int64_t i = 0; i < n; ++i) tile[i] = load(p + (t + i) * L);
-      transpose<T>(tile);
-      for (int l = 0; l < block.live; ++l) {
-        S* row = to + l * column_step(params.attn) + t;
-        n == L ? store_as(row, tile[l]) : store_part<T>(row, tile[l], n);
-      }
-    }
+    copy_slots(p, slots, row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live);
   }
   void load_attn(int64_t p0, int64_t p1, const Block<T>& block, T* p) const {
-    copy_columns(row_start(params.attn, p0, p1, block.column), column_step(params.attn), block.live, slots, T(1), L, p);
+    copy_columns(row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live, slots, T(1), L, p);
   }
 
   // dbias[table row][t][lane] += dscore[slot][lane]; lanes meet in flush_bias, where their table columns are known.
@@ -313,50 +297,45 @@ struct Worker {
       for (int64_t i = 0; i < k2 * L; i += L) store(to + i, load(to + i) + load(dp + slot * L + i));
     });
   }
-  // Lane l's slots t .. t + L - 1 belong to table columns from bias_first[l] + t on, which span two vectors from bias_base + t on.
   void flush_bias(const Block<T>& block, T* table) const {
-    Index<T> place;  // within a vector
-    for (int l = 0; l < L; ++l) place[l] = static_cast<CountOf<T>>(l);
     for (int64_t row = 0; row < plan.table / table2; ++row) {
-      for (int64_t t = 0; t < k2; t += L) {
-        Vec<T> slots_of[L] = {};
-        for (int64_t i = 0; i < min_of(L, k2 - t); ++i) {
-          T* lanes = dbias + (row * k2 + t + i) * L;
-          slots_of[i] = load(lanes);
-          store(lanes, Vec<T>{});
-        }
-        transpose<T>(slots_of);
-        Vec<T> low{}, high{};
-        for (int l = 0; l < block.live; ++l) {
-          const Vec<T> real = place < static_cast<CountOf<T>>(block.count[l] - t) ? slots_of[l] : Vec<T>{};
-          const CountOf<T> offset = block.bias_lanes.offset[l];
-          const Vec<T> turned = offset ? permute<T>(real, (place - offset) & (L - 1)) : real;
-          low += place >= offset ? turned : Vec<T>{};
-          high += place < offset ? turned : Vec<T>{};
-        }
-        const int64_t column = block.bias_base + t, left = table2 - column;
-        add_row(reinterpret_cast<const T*>(&low), min_of(L, left), splat(T(1)), table + row * table2 + column);
-        if (left > L)
-          add_row(reinterpret_cast<const T*>(&high), min_of(L, left - L), splat(T(1)), table + row * table2 + column + L);
-      }
+      add_lanes(block, dbias + row * k2 * L, k2, table2, table + row * table2, row > 0);
     }
+    clear(dbias, plan.table / table2 * k2 * L);
   }
 
-  // Calls row(block, p0, p1, count, rows) for groups of up to kRowTile query rows, and column_end(block) after each column.
+  // Whether two query rows fill the lanes of one block: short rows, as of small or dilated maps, that all see the same key rows.
+  bool folds() const {
+    const Interval first = params.axis[1].keys(item.lo[1], item.size[1]),
+                   last = params.axis[1].keys(item.hi[1] - 1, item.size[1]);
+    return 2 * (item.hi[2] - item.lo[2]) <= L && first.first == last.first && first.last == last.last;
+  }
+
+  // Calls row(block, p0, p1, count, rows) for `count` <= kRowTile times `block.fold` query rows from (p0, p1) on, rows[r] being what
+  // those from block.row(p1, r) on see, and column_end(block) after each column.
+  template <class Row>
+  void for_blocks(Row&& row) const {
+    for_blocks(row, [](const Block<T>&) {});
+  }
   template <class Row, class End>
   void for_blocks(Row&& row, End&& column_end) const {
-    for (int64_t column = item.lo[2], step; column < item.hi[2]; column += step) {
-      const Block<T> block = make_block<T>(params.axis[2], column, item.hi[2], item.size[2], item.key_lo[2]);
-      for (int64_t p0 = item.lo[0]; p0 < item.hi[0]; ++p0) {
-        for (int64_t p1 = item.lo[1]; p1 < item.hi[1]; p1 += kRowTile) {
-          const int count = static_cast<int>(min_of(kRowTile, item.hi[1] - p1));
-          KeyRows rows[kRowTile];
-          for (int r = 0; r < count; ++r) rows[r] = key_rows_of(p0, p1 + r);
-          row(block, p0, p1, count, rows);
+    const int64_t folded_end = folds() ? item.lo[1] + (item.hi[1] - item.lo[1]) / 2 * 2 : item.lo[1];
+    for (int64_t column = item.lo[2], width = 0; column < item.hi[2]; column += width) {
+      for (const int fold : {2, 1}) {
+        const int64_t begin = fold == 2 ? item.lo[1] : folded_end, end = fold == 2 ? folded_end : item.hi[1];
+        if (begin == end) continue;
+        const Block<T> block = make_block<T>(params.axis[2], column, item.hi[2], item.size[2], item.key_lo[2], fold);
+        for (int64_t p0 = item.lo[0]; p0 < item.hi[0]; ++p0) {
+          for (int64_t p1 = begin; p1 < end; p1 += kRowTile * fold) {
+            const int count = static_cast<int>(min_of(kRowTile, (end - p1) / fold));
+            KeyRows rows[kRowTile];
+            for (int r = 0; r < count; ++r) rows[r] = key_rows_of(p0, block.row(p1, r));
+            row(block, p0, p1, count, rows);
+          }
         }
+        column_end(block);
+        width = block.width;
       }
-      column_end(block);
-      step = block.live;
     }
   }
 
@@ -364,35 +343,27 @@ struct Worker {
   void stage_block(const View& view, int64_t p0, int64_t p1, int count, const Block<T>& block, int64_t channels, T factor,
                    T* columns) const {
     for (int r = 0; r < count; ++r) {
-      if (p1 + kRowTile + r < item.hi[1]) prefetch(view, p0, p1 + kRowTile + r, block.column, block.live, channels);
-      copy_columns(row_start(view, p0, p1 + r, block.column), column_step(view), block.live, channels, factor, L,
-                   columns + r * channels * L);
+      const int64_t next = block.row(p1, kRowTile + r);
+      if (next < item.hi[1]) prefetch(view, p0, next, block.column, block.width, channels);
+      copy_columns(row_start(view, p0, block.row(p1, r), block.column), lane_steps(view, block), block.live, channels, factor,
+                   L, columns + r * channels * L);
     }
   }
 
   // ---- ops ----
 
   void forward() {
-    for_blocks(
-        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
-          stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
-          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
-          for (int r = 0; r < count; ++r) {
-            T* p = score + r * slots * L;
-            fill_missing(block, rows[r], -kInfinity<T>, p);
-            Vec<T> peak = largest(p);
-            peak = peak - peak == T(0) ? peak : Vec<T>{};  // infinite scores: inf - inf would lose lse
-            Vec<T> sum{};
-            for (int64_t t = 0; t < slots; ++t) {
-              const Vec<T> e = exp(load(p + t * L) - peak);
-              store(p + t * L, e);
-              sum += e;
-            }
-            store_sums(params.out, p0, p1 + r, block, rows[r], p, value_rows, value_depth, T(1) / sum);
-            store_scalars(params.lse, p0, p1 + r, block, peak + log<T>(sum));
-          }
-        },
-        [](const Block<T>&) {});
+    for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+      stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
+      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+      for (int r = 0; r < count; ++r) {
+        T* p = score + r * slots * L;
+        fill_missing(block, rows[r], kernel, -kInfinity<T>, p);
+        const Softmax<T> softmax = exponentiate(p, slots);
+        store_sums(params.out, p0, block.row(p1, r), block, rows[r], p, value_rows, value_depth, T(1) / softmax.sum);
+        store_scalars(params.lse, p0, block.row(p1, r), block, softmax.peak + log<T>(softmax.sum));
+      }
+    });
   }
 
   void backward() {
@@ -407,16 +378,17 @@ struct Worker {
           for (int r = 0; r < count; ++r) {
             T* p = score + r * slots * L;
             T* dp = dscore + r * slots * L;
-            fill_missing(block, rows[r], -kInfinity<T>, p);
-            fill_missing(block, rows[r], T(0), dp);
-            softmax_backward(load_scalars(params.lse, p0, p1 + r, block),
-                             params.dlse.data ? load_scalars(params.dlse, p0, p1 + r, block) : Vec<T>{}, p, dp);
-            store_sums(params.dquery, p0, p1 + r, block, rows[r], dp, key_rows, depth, splat(scale));
-            scatter(dp, block, rows[r], kernel, block_rows(params.query, p0, p1 + r, block, depth, scale, query_tile),
+            fill_missing(block, rows[r], kernel, -kInfinity<T>, p);
+            fill_missing(block, rows[r], kernel, T(0), dp);
+            differentiate_softmax(load_scalars(params.lse, p0, block.row(p1, r), block),
+                                  params.dlse.data ? load_scalars(params.dlse, p0, block.row(p1, r), block) : Vec<T>{}, slots,
+                                  p, dp);
+            store_sums(params.dquery, p0, block.row(p1, r), block, rows[r], dp, key_rows, depth, splat(scale));
+            scatter(dp, block, rows[r], kernel, block_rows(params.query, p0, block.row(p1, r), block, depth, scale, query_tile),
                     dkey_rows);
-            scatter(p, block, rows[r], kernel, block_rows(params.dout, p0, p1 + r, block, value_depth, T(1), dout_tile),
-                    dvalue_rows);
-            if (needs.dbias) add_bias_grad(p0, p1 + r, rows[r], dp);
+            scatter(p, block, rows[r], kernel,
+                    block_rows(params.dout, p0, block.row(p1, r), block, value_depth, T(1), dout_tile), dvalue_rows);
+            if (needs.dbias) add_bias_grad(p0, block.row(p1, r), rows[r], dp);
           }
         },
         [&](const Block<T>& block) {
@@ -424,58 +396,39 @@ struct Worker {
         });
     store_keys();
   }
-  // p: scores -> weights exp(s - lse);  dp: d weights -> d scores p * (dp - sum p dp + dlse)
-  void softmax_backward(Vec<T> lse, Vec<T> dlse, T* p, T* dp) const {
-    Vec<T> delta{};
-    for (int64_t t = 0; t < slots; ++t) {
-      const Vec<T> weight = exp(load(p + t * L) - lse);
-      store(p + t * L, weight);
-      delta += weight * load(dp + t * L);
-    }
-    delta -= dlse;
-    for (int64_t t = 0; t < slots; ++t) store(dp + t * L, load(p + t * L) * (load(dp + t * L) - delta));
-  }
-
   void qk() {
-    for_blocks(
-        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
-          stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
-          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
-          for (int r = 0; r < count; ++r) {
-            T* p = score + r * slots * L;
-            fill_missing(block, rows[r], static_cast<T>(params.fill), p);
-            store_attn(p0, p1 + r, block, p);
-          }
-        },
-        [](const Block<T>&) {});
+    for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+      stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
+      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+      for (int r = 0; r < count; ++r) {
+        T* p = score + r * slots * L;
+        fill_missing(block, rows[r], kernel, static_cast<T>(params.fill), p);
+        store_attn(p0, block.row(p1, r), block, p);
+      }
+    });
   }
 
   // av, av_transposed and bias_grad: `use` consumes the weights of one row of queries.
-  template <class Use, class End>
-  void for_attn(Use&& use, End&& column_end) {
+  template <class Use, class... End>
+  void for_attn(Use&& use, End&&... column_end) {
     for_blocks(
         [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
           for (int r = 0; r < count; ++r) {
-            load_attn(p0, p1 + r, block, score);
-            use(block, p0, p1 + r, rows[r]);
+            load_attn(p0, block.row(p1, r), block, score);
+            use(block, p0, block.row(p1, r), rows[r]);
           }
         },
-        column_end);
+        column_end...);
   }
   void av() {
-    for_attn(
-        [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-          store_sums(params.out, p0, p1, block, rows, score, value_rows, value_depth, splat(T(1)));
-        },
-        [](const Block<T>&) {});
+    for_attn([&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
+      store_sums(params.out, p0, p1, block, rows, score, value_rows, value_depth, splat(T(1)));
+    });
   }
   void av_transposed() {
-    for_attn(
-        [&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-          scatter(score, block, rows, kernel, block_rows(params.dout, p0, p1, block, value_depth, T(1), dout_tile),
-                  dvalue_rows);
-        },
-        [](const Block<T>&) {});
+    for_attn([&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
+      scatter(score, block, rows, kernel, block_rows(params.dout, p0, p1, block, value_depth, T(1), dout_tile), dvalue_rows);
+    });
     store_keys();
   }
   void bias_grad() {
@@ -495,14 +448,6 @@ struct Worker {
     return part;
   }
 
-  // Whether no box of an earlier color has written to a key of the item on this axis.
-  bool is_fresh(int axis, int64_t key) const {
-    const Axis& a = params.axis[axis];
-    if (!(item.color >> axis & 1)) return true;
-    const bool before = item.lo[axis] > 0 && key <= a.keys(item.lo[axis] - 1, item.size[axis]).last;
-    const bool behind = item.hi[axis] < item.size[axis] && key >= a.keys(item.hi[axis], item.size[axis]).first;
-    return !before && !behind;
-  }
   // Whether dkey or dvalue take an item's sums as they grow. NB: sums that meet others leave in the compute type, so that they
   // are rounded once.
   bool sums_in_place(const View& view, int64_t channels) const {
@@ -513,12 +458,12 @@ struct Worker {
   template <class Out, class F>
   void for_keys(const View& view, F&& key) const {
     for_key_rows([&](int64_t r0, int64_t r1) {
-      const bool fresh_row = is_fresh(0, item.key_lo[0] + r0) && is_fresh(1, item.key_lo[1] + r1);
+      const bool fresh_row = item.is_fresh(params.axis, 0, r0) && item.is_fresh(params.axis, 1, r1);
       for (int64_t column = 0; column < item.key_n[2]; ++column) {
         const int64_t at[kAxes] = {position(0, item.key_lo[0] + r0), position(1, item.key_lo[1] + r1),
                                    position(2, item.key_lo[2] + column)};
         key(static_cast<Out*>(view.data) + view.offset(item.batch, item.head, at), r0, r1, column,
-            fresh_row && is_fresh(2, item.key_lo[2] + column));
+            fresh_row && item.is_fresh(params.axis, 2, column));
       }
     });
   }

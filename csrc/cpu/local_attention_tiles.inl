@@ -127,8 +127,8 @@ template <class T>
 using ScoreTile = void (*)(const ScoreArgs<T>&);
 
 template <class T, Reach R, int... I>
-constexpr ScoreTile<T> pick_score_tile(int index, std::integer_sequence<int, I...>) {
-  constexpr ScoreTile<T> tiles[] = {&score_tile<T, I / kSlotTile + 1, I % kSlotTile + 1, R>...};
+NATRPB_INLINE ScoreTile<T> pick_score_tile(int index, std::integer_sequence<int, I...>) {
+  static constexpr ScoreTile<T> tiles[] = {&score_tile<T, I / kSlotTile + 1, I % kSlotTile + 1, R>...};
   return tiles[index];
 }
 template <class T>
@@ -146,8 +146,10 @@ ScoreTile<T> pick_score_tile(int rows, int slots, Reach reach) {
 // The axis-2 side of a block: live lanes and, per lane, the interval of key columns relative to the box's first key.
 template <class T>
 struct Block {
-  int64_t column;  // first query, in-group
-  int live;
+  int64_t column;            // first query, in-group
+  int64_t width;             // columns
+  int fold;                  // query rows: the lanes of the second one follow those of the first
+  int live;                  // lanes in use
   int64_t first[kLanes<T>];  // NB: lanes beyond live repeat the last live one
   int64_t count[kLanes<T>];
   int64_t least;          // the smallest count
@@ -156,25 +158,29 @@ struct Block {
   LaneMap<T> bias_lanes;  // from bias_base
   int64_t bias_base;
   int64_t bias_first[kLanes<T>];  // table column of every lane's slot 0
+
+  int64_t row(int64_t p1, int64_t tile) const { return p1 + tile * fold; }  // first query row of a tile's r-th block
 };
 
-// The block at query `column` of a group of `size` positions, for queries before `end` and keys from `key_lo` on. Windows and
-// strides make first columns jump: a block ends before they spread over more than one vector. Table columns then fit one too,
+// The block at query `column` of a group of `size` positions, for queries before `end` and keys from `key_lo` on, over `fold` rows
+// of queries, whose columns must all fit. Windows and strides make first columns jump: a block ends before they spread over more than one vector. Table columns then fit one too,
 // since bias_first = first - p + K - 1 moves by less than first does.
 template <class T>
-Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size, int64_t key_lo) {
+Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size, int64_t key_lo, int fold) {
   Block<T> block;
   block.column = column;
   const int64_t first = axis.keys(column, size).first;
-  block.live = 1;
-  while (block.live < kLanes<T> && column + block.live < end &&
-         axis.keys(column + block.live, size).first - first < kLanes<T>) {
-    ++block.live;
+  block.width = 1;
+  while (block.width < kLanes<T> && column + block.width < end &&
+         axis.keys(column + block.width, size).first - first < kLanes<T>) {
+    ++block.width;
   }
+  block.fold = fold;
+  block.live = static_cast<int>(block.width) * fold;
   block.least = axis.kernel_size;
   block.bias_base = 2 * axis.kernel_size;
   for (int l = 0; l < kLanes<T>; ++l) {
-    const int64_t p = column + min_of(l, block.live - 1);
+    const int64_t p = column + min_of(l, block.live - 1) % block.width;
     const Interval keys = axis.keys(p, size);
     block.first[l] = keys.first - key_lo;
     block.count[l] = keys.count();
@@ -189,7 +195,7 @@ Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size,
 }
 
 struct Kernel {
-  int64_t size1, size2;  // K_1, K_2
+  int64_t size0, size1, size2;  // K_0, K_1, K_2
 };
 
 // The rows (axes 0 and 1) of keys that a query row sees, relative to the box's first key.
@@ -253,7 +259,7 @@ NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F
   constexpr Const<static_cast<int>(Reach::kConsecutive)> consecutive;
   constexpr Const<static_cast<int>(Reach::kSame)> same;
   for (int64_t lane = 0; lane < block.live;) {
-    const int64_t left = min_of(kMost, block.live - lane);
+    const int64_t left = min_of(kMost, (lane < block.width ? block.width : block.live) - lane);  // of one query row
     int64_t steady = 0, equal = 0;  // lanes from `lane` on whose intervals move by one, or stay
     while (steady < left && block.first[lane + steady] == block.first[lane] + steady &&
            block.count[lane + steady] == kernel_size) {
@@ -291,7 +297,7 @@ NATRPB_INLINE void for_rows(const KeyRows& rows, const Kernel& kernel, F&& row) 
 template <class T>
 struct SumTarget {
   T* data;
-  int64_t step;
+  Steps steps;
   Vec<T> factor;
 };
 
@@ -316,12 +322,13 @@ void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kern
       });
     });
   });
+  T* to = out.data + out.steps(lane) + channel;
   unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
     constexpr int n = decltype(i)::value;
     const Vec<T> factor = splat(T(out.factor[lane + n]));
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
       constexpr int m = decltype(v)::value;
-      store(out.data + (lane + n) * out.step + channel + m * L, acc[n][m] * factor);
+      store(to + n * out.steps.step + m * L, acc[n][m] * factor);
     });
   });
 }
@@ -330,7 +337,7 @@ void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kern
 template <class T>
 struct ScatterSource {
   const T* data;
-  int64_t step;
+  Steps steps;
   T factor;
 };
 
@@ -340,10 +347,11 @@ void scatter_tile(const T* p, const Block<T>& block, const KeyRows& rows, const 
                   int64_t lane, int64_t channel, const Rows<T>& dx) {
   constexpr int L = kLanes<T>;
   Vec<T> query[QUERIES][VECTORS];
+  const T* from = x.data + x.steps(lane) + channel;
   unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
       constexpr int n = decltype(i)::value, m = decltype(v)::value;
-      query[n][m] = load(x.data + (lane + n) * x.step + channel + m * L) * x.factor;
+      query[n][m] = load(from + n * x.steps.step + m * L) * x.factor;
     });
   });
   for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {

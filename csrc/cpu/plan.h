@@ -43,6 +43,14 @@ struct Item {
   bool empty;
 
   int64_t keys() const { return key_n[0] * key_n[1] * key_n[2]; }
+
+  // Whether no box of an earlier color has written to a key, relative to key_lo, on axis a.
+  bool is_fresh(const Axis* axes, int a, int64_t key) const {
+    if (!(color >> a & 1)) return true;
+    const bool before = lo[a] > 0 && key_lo[a] + key <= axes[a].keys(lo[a] - 1, size[a]).last;
+    const bool behind = hi[a] < size[a] && key_lo[a] + key >= axes[a].keys(hi[a], size[a]).first;
+    return !before && !behind;
+  }
 };
 
 Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index);

@@ -56,6 +56,13 @@ template <class T>
 NATRPB_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // GCC broadcasts a scalar operand; x - 0 keeps the sign of zero
 }
+// 0, 1, 2, ...
+template <class T>
+NATRPB_INLINE Index<T> lane_numbers() {
+  Index<T> numbers{};
+  for (int l = 0; l < kLanes<T>; ++l) numbers[l] = l;
+  return numbers;
+}
 // v, loaded once: GCC would repeat the load of a value with several uses in each of the instructions that can read memory, and a
 // load that crosses a cache line costs two.
 template <class V>

@@ -1,0 +1,106 @@
+// What becomes of a block's scores [slot][lane] between the products: missing slots, softmax and its gradient, lanes that leave as
+// rows of slots, and lanes that meet in a bias table.
+
+// Sets the slots without a key to `fill`, so that loops over all slots need no conditions.
+template <class T>
+void fill_missing(const Block<T>& block, const KeyRows& rows, const Kernel& kernel, T fill, T* p) {
+  constexpr int L = kLanes<T>;
+  const int64_t k2 = kernel.size2;
+  const bool all_rows = rows.axis0.count() == kernel.size0 && rows.axis1.count() == kernel.size1;
+  if (all_rows && block.least == k2) return;
+  const Vec<T> filler = splat(fill);
+  for (int64_t t0 = 0; t0 < kernel.size0; ++t0) {
+    for (int64_t t1 = 0; t1 < kernel.size1; ++t1) {
+      T* row = p + (t0 * kernel.size1 + t1) * k2 * L;
+      const bool row_exists = t0 < rows.axis0.count() && t1 < rows.axis1.count();
+      for (int64_t t2 = row_exists ? block.least : 0; t2 < k2; ++t2) {
+        const auto exists = block.counts > static_cast<CountOf<T>>(row_exists ? t2 : k2);
+        store(row + t2 * L, exists ? load(row + t2 * L) : filler);
+      }
+    }
+  }
+}
+
+template <class T>
+struct Softmax {
+  Vec<T> peak;  // what was subtracted from the scores
+  Vec<T> sum;   // of the exponentials
+};
+
+// scores -> exp(score - peak)
+template <class T>
+NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots) {
+  constexpr int L = kLanes<T>;
+  Vec<T> peaks[4] = {load(p), load(p), load(p), load(p)};  // four chains hide the latency of the maximum
+  int64_t t = 0;
+  for (; t + 4 <= slots; t += 4) {
+    unroll<4>([&](auto i) NATRPB_LAMBDA {
+      peaks[decltype(i)::value] = max<T>(peaks[decltype(i)::value], load(p + (t + decltype(i)::value) * L));
+    });
+  }
+  for (; t < slots; ++t) peaks[0] = max<T>(peaks[0], load(p + t * L));
+  const Vec<T> largest = max<T>(max<T>(peaks[0], peaks[1]), max<T>(peaks[2], peaks[3]));
+  const Vec<T> peak = largest - largest == T(0) ? largest : Vec<T>{};  // infinite scores: inf - inf would lose lse
+  Vec<T> sum{};
+  for (t = 0; t < slots; ++t) {
+    const Vec<T> e = exp(load(p + t * L) - peak);
+    store(p + t * L, e);
+    sum += e;
+  }
+  return {peak, sum};
+}
+
+// p: scores -> weights exp(s - lse);  dp: d weights -> d scores p * (dp - sum p dp + dlse)
+template <class T>
+NATRPB_INLINE void differentiate_softmax(Vec<T> lse, Vec<T> dlse, int64_t slots, T* p, T* dp) {
+  constexpr int L = kLanes<T>;
+  Vec<T> delta{};
+  for (int64_t t = 0; t < slots; ++t) {
+    const Vec<T> weight = exp(load(p + t * L) - lse);
+    store(p + t * L, weight);
+    delta += weight * load(dp + t * L);
+  }
+  delta -= dlse;
+  for (int64_t t = 0; t < slots; ++t) store(dp + t * L, load(p + t * L) * (load(dp + t * L) - delta));
+}
+
+// to[lane][slot] = p[slot][lane]
+template <class T, class S>
+void copy_slots(const T* p, int64_t slots, S* to, Steps steps, int live) {
+  constexpr int L = kLanes<T>;
+  for (int64_t t = 0; t < slots; t += L) {
+    Vec<T> tile[L] = {};
+    const int64_t n = min_of(L, slots - t);
+    for (int64_t i = 0; i < n; ++i) tile[i] = load(p + (t + i) * L);
+    transpose<T>(tile);
+    for (int l = 0; l < live; ++l) {
+      S* row = to + steps(l) + t;
+      n == L ? store_as(row, tile[l]) : store_part<T>(row, tile[l], n);
+    }
+  }
+}
+
+// Adds lanes [slot of one key row][lane] to a bias table's row of `entries`: lane l's slot t belongs to entry bias_first[l] + t, and
+// where the block folds, that of a lane of the second query row to the same entry of the row before, if there is one.
+template <class T>
+void add_lanes(const Block<T>& block, const T* lanes, int64_t slots, int64_t entries, T* row, bool has_row_before) {
+  constexpr int L = kLanes<T>;
+  const Index<T> place = lane_numbers<T>();
+  for (int64_t t = 0; t < slots; t += L) {
+    Vec<T> slots_of[L] = {};
+    for (int64_t i = 0; i < min_of(L, slots - t); ++i) slots_of[i] = load(lanes + (t + i) * L);
+    transpose<T>(slots_of);
+    for (int f = 0; f < block.fold && f <= has_row_before; ++f) {
+      Vec<T> sums[2] = {};  // a lane's slots span two vectors from bias_base + t on
+      for (int64_t l = f * block.width; l < (f + 1) * block.width; ++l) {
+        const Vec<T> real = place < static_cast<CountOf<T>>(block.count[l] - t) ? slots_of[l] : Vec<T>{};
+        const CountOf<T> offset = block.bias_lanes.offset[l];
+        const Vec<T> turned = offset ? permute<T>(real, (place - offset) & (L - 1)) : real;
+        sums[0] += place >= offset ? turned : Vec<T>{};
+        sums[1] += place < offset ? turned : Vec<T>{};
+      }
+      const int64_t first = block.bias_base + t;
+      add_row(reinterpret_cast<const T*>(sums), min_of(2 * L, entries - first), splat(T(1)), row - f * entries + first);
+    }
+  }
+}
