@@ -339,11 +339,12 @@ def test_reference_serves_devices_without_kernels(monkeypatch):
         close(one, other)
     close(ops.rpe_index(x, index), spread)
     close(ops.rpe_index_transposed(y, index, 3), summed)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(inputs.query.device.type, dtype=torch.bfloat16):
         out, lse, binned = ops.irpe_attention(*case.inputs(torch.float32))
     assert out.dtype == binned.dtype == torch.bfloat16 and lse.dtype == torch.float32
 
 
 @needs_compiled
 def test_compiled_ops_are_what_is_tested():
-    assert _ext.runs_compiled(torch.device("cpu"), "irpe_attention_forward") and ops_irpe.irpe_attention is ops.irpe_attention
+    device = torch.get_default_device()
+    assert _ext.runs_compiled(device, "irpe_attention_forward") and ops_irpe.irpe_attention is ops.irpe_attention

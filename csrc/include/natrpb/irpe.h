@@ -97,4 +97,19 @@ Status irpe_attention_forward(const IrpeAttentionParams& params, ParallelFor par
 Status irpe_attention_backward(const IrpeAttentionParams& params, ParallelFor parallel_for);
 
 }  // namespace cpu
+
+// The same on a GPU: queued on `stream`, a cudaStream_t of the current device. Nobody can look at the maps without waiting for
+// the GPU: an entry outside of [0, buckets) is used for no access to memory, and its pair's score or sum is NaN.
+namespace cuda {
+
+Status rpe_index(const RpeIndexParams& params, void* stream);
+// NB: sums by bucket have a fixed order, but another one.
+Status rpe_index_transposed(const RpeIndexParams& params, void* stream);
+
+int64_t irpe_attention_backward_workspace(const IrpeAttentionParams& params);
+
+Status irpe_attention_forward(const IrpeAttentionParams& params, void* stream);
+Status irpe_attention_backward(const IrpeAttentionParams& params, void* stream);
+
+}  // namespace cuda
 }  // namespace natrpb
