@@ -41,6 +41,7 @@ def leaves() -> list[Tensor]:
     return [x.requires_grad_() for x in tensors().values()]
 
 
+@pytest.mark.not_emulated("takes long; test_irpe_ops.py has first derivatives, second ones come from rpe_index")
 def test_gradients_to_second_order(leaves):
     assert torch.autograd.gradcheck(both, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(both, leaves, fast_mode=True)

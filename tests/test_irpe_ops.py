@@ -113,6 +113,7 @@ def test_gradcheck_entry_by_entry_with_forward_mode_and_vmap(case):
     )
 
 
+@pytest.mark.not_emulated("takes a minute; second derivatives come from rpe_index, which other tests have")
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradgradcheck(case):
     inputs = case.inputs(requires_grad=True)
@@ -122,6 +123,7 @@ def test_gradgradcheck(case):
     )
 
 
+@pytest.mark.not_emulated("takes a minute")
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1]], ids=str)
 def test_gradcheck_of_large_cases_in_a_random_direction(case):
     inputs = case.inputs(requires_grad=True)

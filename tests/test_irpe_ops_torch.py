@@ -88,6 +88,7 @@ def value_and_grads(function, inputs: IrpeInputs) -> list[Tensor]:
     return [result.detach(), *torch.autograd.grad(result, list(leaves.floats().values()))]
 
 
+@pytest.mark.not_emulated("torch.compile sees schemas and fakes, the same on every device")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_function_trains_in_one_graph(dynamic):
     torch._dynamo.reset()
@@ -276,7 +277,7 @@ class TestEntriesOutOfRange:
             with pytest.raises(RuntimeError, match=message):
                 ops.irpe_attention(*inputs)
             return
-        out, lse, binned = ops.irpe_attention(*inputs)
+        out, _, binned = ops.irpe_attention(*inputs)
         assert (out if "num_buckets" not in change else binned).isnan().any()
         gradients = torch.autograd.grad((out, binned), list(inputs.floats().values()), (out.detach(), binned.detach()))
         assert any(gradient.isnan().any() for gradient in gradients)

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kSpreadThreads) spread(const __grid_constant__
 
 inline constexpr int kGatherWarps = 2;
 inline constexpr int kGatherThreads = kGatherWarps * kWarp;
+inline constexpr int kGatherBlocks = 8;    // that share a multiprocessor at some 60 buckets
 inline constexpr int kTurned = kWarp + 1;  // pitch of what is written by rows and read by columns, or the other way round
 inline constexpr int kGatherAtOnce = 8;    // entries of the map whose loads are under way together
 // Bins of a lane: what two warps of tiles and bins take must fit the smallest shared memory, 99 KiB on sm_86, 89 and 120.
@@ -85,7 +86,7 @@ __device__ __forceinline__ void turn(const T* row, int64_t first, int64_t keys, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads)
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     gather(const __grid_constant__ RpeIndexParams params, const int32_t most_bins) {
   using Acc = Compute<T>;
   Acc* tile = shared_memory<Acc>() + threadIdx.x / kWarp * (kWarp + most_bins) * kTurned;  // [key][kTurned]
