@@ -80,7 +80,7 @@ def test_larger_cases_match_the_reference(case, dtype):
         if dtype == torch.float64:
             close(results[0], results[2])
         else:
-            at_most_twice_the_error(f"result {i}", *results)
+            at_most_twice_the_error(f"result {i}", *results, floor=2 if dtype.itemsize == 2 else None)
     assert torch.equal(ours[-2], reference_irpe.rpe_index(problem.rows, problem.index))
     summed = reference_irpe.rpe_index_transposed(problem.pairs.double(), problem.index, case.buckets)
     plain_sum = reference_irpe.rpe_index_transposed(problem.pairs, problem.index, case.buckets)

@@ -64,7 +64,9 @@ def test_gradients_match_the_reference(case, dtype):
         elif case.keys == 1 and name != "value":  # zero, as weights of one key are always 1
             close(each[0].double(), each[2], torch.finfo(dtype).eps * 10)
         else:
-            at_most_twice_the_error(f"d{name}", *each)
+            # A table's entry adds the errors of many queries' <dout, out>, which plain takes from sums that were not rounded.
+            rounded_sums = name == "table" and dtype.itemsize == 2
+            at_most_twice_the_error(f"d{name}", *each, floor=2 if rounded_sums else None)
 
 
 @pytest.mark.parametrize("op", [ops.irpe_attention, reference_irpe.irpe_attention], ids=["op", "reference"])
@@ -253,6 +255,7 @@ INDEX_SIZES = [
     (3, 6, 197, 197, 50),
     (2, 9, 19, 40, 130),
     (1, 1, 2, 300, 7),
+    (1, 2, 5, 70, 600),
 ]
 
 

@@ -17,6 +17,7 @@ template <class Acc>
 inline constexpr int kResidentBlocks = sizeof(Acc) == 8 ? 2 : 3;
 inline constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 inline constexpr int64_t kMostSharedBytes = 99 << 10;  // what a block may have on every architecture from sm_80 on
+inline constexpr int64_t kMostLookupBytes = 8 << 10;   // what one sort of the members' rows of buckets may take of them
 inline constexpr int64_t kMostTableBytes = 16 << 20;   // all blocks' bias tables together: they stay in the second-level cache
 
 template <class T, Pass kPass>
@@ -60,8 +61,15 @@ AttentionPlan plan_of(const IrpeAttentionParams& params) {
                  is_aligned<T>(params, params.value, params.keys) && is_aligned<T>(params, params.dout, params.queries);
   const int64_t tables = kPass == Pass::kBackwardQuery ? params.index_t.buckets : 0;
   const int64_t buckets = Kernel::buckets(params);
-  const int64_t bytes_of_bin = Kernel::shared_bytes(1) - Kernel::shared_bytes(0);
-  plan.bins = static_cast<int32_t>(min_of(buckets, (kMostSharedBytes - Kernel::shared_bytes(0)) / bytes_of_bin));
+  for (int i = 0; i < 2; ++i) {
+    // Neighboring members' rows begin in neighboring banks.
+    constexpr int64_t kWord = sizeof(T) < 4 ? 4 : sizeof(T);
+    const int64_t words = ceil_div(Kernel::lookup_buckets(params, i) * sizeof(T), kWord);
+    if (words > 0 && words * kWord * kWarp <= kMostLookupBytes) {
+      plan.lookup_pitch[i] = static_cast<int32_t>((words | 1) * kWord / sizeof(T));
+    }
+  }
+  plan.bins = static_cast<int32_t>(min_of(buckets, (kMostSharedBytes - Kernel::shared_bytes(plan)) / Kernel::kBinBytes));
   int64_t channels = kPass == Pass::kForward ? params.value_dim : params.head_dim;
   if (kPass == Pass::kBackwardKey) channels = max_of(channels, params.value_dim);
   plan.sweeps = static_cast<int32_t>(max_of(max_of(ceil_div(channels, kSlice), 1), buckets ? ceil_div(buckets, plan.bins) : 0));
@@ -78,7 +86,7 @@ template <class T, Pass kPass>
 Status launch_pass(const IrpeAttentionParams& params, void* stream) {
   const AttentionPlan plan = plan_of<T, kPass>(params);
   const dim3 grid(static_cast<unsigned>(params.heads * plan.blocks_per_head));
-  return launch(attend<T, kPass>, grid, kThreads, Attention<T, kPass>::shared_bytes(plan.bins), stream, params, plan);
+  return launch(attend<T, kPass>, grid, kThreads, Attention<T, kPass>::shared_bytes(plan), stream, params, plan);
 }
 
 }  // namespace irpe

@@ -16,6 +16,7 @@ namespace natrpb::cuda::irpe {
 
 inline constexpr int kPairsOfWarp = 8;
 inline constexpr int kSpreadThreads = 4 * kWarp;
+inline constexpr int kSpreadBlocks = 5;  // that share a multiprocessor
 
 // Elements of the rows of one query, of the (batch, head) pairs.
 template <class T>
@@ -30,7 +31,7 @@ __device__ __forceinline__ T not_a_number() {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSpreadThreads) spread(const __grid_constant__ RpeIndexParams params) {
+__global__ void __launch_bounds__(kSpreadThreads, kSpreadBlocks) spread(const __grid_constant__ RpeIndexParams params) {
   const int64_t pairs = params.batch * params.heads, groups = ceil_div(pairs, kPairsOfWarp);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kSpreadThreads / kWarp);
   int64_t warp = static_cast<int64_t>(blockIdx.x) * (kSpreadThreads / kWarp) + threadIdx.x / kWarp;
