@@ -86,7 +86,7 @@ struct Attention : Pairs<T, kPass> {
     if (!shrinks) return;
     Product::scale([&](int r) { return pick(shrink, r); }, sum);
     const Acc factor = pick(shrink, lane_index() / kBinLanes);
-    for (int c = 0; c < range().count; ++c) bins()[c * kWarp + lane_index()] *= factor;
+    for (int c = 0, count = range().count; c < count; ++c) bins()[c * kWarp + lane_index()] *= factor;
   }
 
   __device__ __forceinline__ void forward_tile() {

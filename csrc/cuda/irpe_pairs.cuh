@@ -194,11 +194,11 @@ struct Pairs {
   // entry[r] = map[query, key] of row r and the lane's member, 0 where there is no such pair; map [Nq, Nk]
   template <class E>
   __device__ __forceinline__ void fetch(const E* map, int32_t (&entry)[kRows]) const {
-    const int lane = lane_index();
+    const int lane = lane_index(), existing_rows = rows(), existing_members = members();
     if (kOwnsQueries) {
       const E* from = map + int64_t{own0()} * params.keys + member0 + lane;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) entry[r] = r < rows() && lane < members() ? from[r * params.keys] : 0;
+      for (int r = 0; r < kRows; ++r) entry[r] = r < existing_rows && lane < existing_members ? from[r * params.keys] : 0;
       return;
     }
     // Neighboring lanes read neighboring keys, the warp's rows; then the map's part is turned.
@@ -206,9 +206,11 @@ struct Pairs {
     const E* from = map + (int64_t{member0} + first) * params.keys + own0() + key;
 #pragma unroll
     for (int step = 0; step < kRows; ++step) {
-      const bool there = key < rows() && first + step * kBinLanes < members();
-      index()[key * kPairPitch + first + step * kBinLanes] = there ? from[step * kBinLanes * params.keys] : 0;
+      const int member = first + step * kBinLanes;
+      entry[step] = key < existing_rows && member < existing_members ? from[step * kBinLanes * params.keys] : 0;
     }
+#pragma unroll
+    for (int step = 0; step < kRows; ++step) index()[key * kPairPitch + first + step * kBinLanes] = entry[step];
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) entry[r] = index()[r * kPairPitch + lane];
@@ -294,8 +296,9 @@ struct Pairs {
   }
   // Adds the shared weights to the bins of a map whose buckets follow `before` others.
   __device__ __forceinline__ void add_to_bins(const BucketMap& map, int64_t before) const {
-    const int lane = lane_index(), place = lane / kBinLanes * kPairPitch;
-    const uint32_t shift = static_cast<uint32_t>(before - range().first);
+    const int lane = lane_index(), place = lane / kBinLanes * kPairPitch + lane % kBinLanes;
+    const uint32_t shift = static_cast<uint32_t>(before - range().first), count = static_cast<uint32_t>(range().count);
+    Acc* to = bins() + lane;
 #pragma unroll 1
     for (int64_t term = 0; term < map.terms; ++term) {
       int32_t bucket[kRows];
@@ -305,13 +308,20 @@ struct Pairs {
         for (int r = 0; r < kRows; ++r) index()[r * kPairPitch + lane] = bucket[r];
         __syncwarp();
       }
-      for (int k = lane % kBinLanes; k < members(); k += kBinLanes) {
-        const uint32_t c = static_cast<uint32_t>(index()[place + k]);
+      // All loads first: additions to bins wait for each other.
+      uint32_t bin[kWarp / kBinLanes];
+      Acc weight[kWarp / kBinLanes];
+#pragma unroll
+      for (int i = 0; i < kWarp / kBinLanes; ++i) {
+        const int k = place + i * kBinLanes;
+        const uint32_t c = static_cast<uint32_t>(index()[k]);
         const bool known = c < map.buckets;
-        const uint32_t bin = (known ? c : 0) + shift;
-        if (bin < static_cast<uint32_t>(range().count)) {
-          bins()[bin * kWarp + lane] += known ? weights()[place + k] : kNaN<Acc>;
-        }
+        bin[i] = (known ? c : 0) + shift;
+        weight[i] = known ? weights()[k] : kNaN<Acc>;
+      }
+#pragma unroll
+      for (int i = 0; i < kWarp / kBinLanes; ++i) {
+        if (bin[i] < count) to[bin[i] * kWarp] += weight[i];
       }
       __syncwarp();
     }

@@ -44,7 +44,7 @@ std::vector<uint16_t> results_at_stride(uint16_t* memory, int64_t stride) {
   lookup.dtype = DType::kFloat16;
   lookup.index = p.index_k;
   const std::vector<Matrix*> inputs = {&p.query, &p.key, &p.value, &p.query_rows, &p.key_rows, &p.dout, &p.dbinned};
-  const std::vector<Matrix*> outputs = {&p.out,         &p.binned,    &p.dquery, &p.dkey, &p.dvalue,
+  const std::vector<Matrix*> outputs = {&p.out,         &p.binned,    &p.dquery, &p.dkey,  &p.dvalue,
                                         &p.dquery_rows, &p.dkey_rows, &lookup.x, &lookup.y};
   const auto row = [&](const Matrix& matrix, int64_t i) { return static_cast<uint16_t*>(matrix.data) + i * stride; };
   for (const auto& matrices : {inputs, outputs}) {
