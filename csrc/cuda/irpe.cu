@@ -2,6 +2,7 @@
 
 #include "natrpb/irpe.h"
 
+#include <initializer_list>
 #include <string>
 
 #include "cuda/irpe_kernels.h"

@@ -17,8 +17,10 @@ template <class Acc>
 inline constexpr int kResidentBlocks = sizeof(Acc) == 8 ? 2 : 3;
 inline constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 inline constexpr int64_t kMostSharedBytes = 99 << 10;  // what a block may have on every architecture from sm_80 on
-inline constexpr int64_t kMostLookupBytes = 8 << 10;   // what one sort of the members' rows of buckets may take of them
-inline constexpr int64_t kMostTableBytes = 16 << 20;   // all blocks' bias tables together: they stay in the second-level cache
+// What one sort of the members' rows of buckets may take of them; nothing in fp64, where bins are few.
+template <class T>
+inline constexpr int64_t kMostLookupBytes = sizeof(T) == 8 ? 0 : 8 << 10;
+inline constexpr int64_t kMostTableBytes = 16 << 20;  // all blocks' bias tables together: they stay in the second-level cache
 
 template <class T, Pass kPass>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Compute<T>>)
@@ -65,7 +67,7 @@ AttentionPlan plan_of(const IrpeAttentionParams& params) {
     // Neighboring members' rows begin in neighboring banks.
     constexpr int64_t kWord = sizeof(T) < 4 ? 4 : sizeof(T);
     const int64_t words = ceil_div(Kernel::lookup_buckets(params, i) * sizeof(T), kWord);
-    if (words > 0 && words * kWord * kWarp <= kMostLookupBytes) {
+    if (words > 0 && words * kWord * kWarp <= kMostLookupBytes<T>) {
       plan.lookup_pitch[i] = static_cast<int32_t>((words | 1) * kWord / sizeof(T));
     }
   }
