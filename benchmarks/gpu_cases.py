@@ -14,7 +14,7 @@ import natrpb
 from natrpb.convert import swin
 from tests.cases import NAT_STAGES, Case
 
-from . import flex, peers, windows
+from . import flex, irpe, peers, windows
 from .gpu import Captured
 from .gpu_report import NO_BIAS
 from .harness import OURS, TOLERANCE, Contender, Problem, Tensors, Unavailable, Workload, autograd_results
@@ -196,6 +196,29 @@ def compiled_model(net: torch.nn.Module) -> Callable[..., Tensor]:
     return lambda images, **_: compiled(images)
 
 
+def irpe_attention(dtype: torch.dtype, mode: str, batch: int = BATCH, **options) -> Problem:
+    """A layer of DeiT-S with encodings on queries, keys and values."""
+    problem = irpe.attention_problem(batch, dtype, mode != FORWARD, **options)
+    forward = irpe.attention_problem(batch, dtype, False, **options).flops if mode == BACKWARD else 0
+    query = problem.tensors["query"]
+    bytes_needed = query.numel() * dtype.itemsize * TENSORS[mode] + 4 * LSE[mode] * query.numel() // irpe.HEAD_DIM
+    return replace(problem, flops=problem.flops - forward, bytes=bytes_needed, backward_alone=mode == BACKWARD)
+
+
+def irpe_workloads() -> list[Workload]:
+    fp16, fp32 = torch.float16, torch.float32
+    problems = {
+        "rpe_index-B128 fp16 forward": functools.partial(irpe.index_problem, BATCH, fp16, False),
+        "rpe_index-B128 fp16 backward": functools.partial(irpe.index_backward_problem, BATCH, fp16),
+        "rpe_index-B128 fp32 backward": functools.partial(irpe.index_backward_problem, BATCH, fp32),
+        "attention-B128 fp16 forward": functools.partial(irpe_attention, fp16, FORWARD),
+        "attention-B128 fp16 backward": functools.partial(irpe_attention, fp16, BACKWARD),
+        "attention-B128 fp32 forward+backward": functools.partial(irpe_attention, fp32, TRAINING),
+    }
+    group = "Image relative position encoding, DeiT-S"
+    return [Workload(f"iRPE {name}", group, functools.partial(_seeded, make)) for name, make in problems.items()]
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -261,6 +284,7 @@ def all_workloads() -> list[Workload]:
             for mode in (FORWARD, BACKWARD)
         ],
         *[entry("Windows with cosine scores", cosine, COSINE, mode, what="cosine ") for mode in (FORWARD, TRAINING)],
+        *irpe_workloads(),
         *[entry("Window blocks, with projections", block, BLOCK, mode, what="block ") for mode in (FORWARD, TRAINING)],
     ]
 

@@ -28,7 +28,17 @@ from .units import slug
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FAMILIES = ("local_attention", "local_attention_gradients", "unfused", "window", "determinism", "fuzz", "compile")
+FAMILIES = (
+    "local_attention",
+    "local_attention_gradients",
+    "unfused",
+    "window",
+    "determinism",
+    "fuzz",
+    "compile",
+    "l2_normalize",
+)
+IRPE_FAMILIES = ("irpe_ops", "irpe_ops_torch", "irpe_functional", "irpe_relative", "irpe_modules")
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZER_FAILED = 86  # the exit status asked of compute-sanitizer where it finds something
 INCOMPLETE = 3  # of python -m benchmarks, where time ran out
@@ -39,6 +49,9 @@ WATCHED = (
     "na-56x56-K13-B128-h2-D32 bf16 forward",
     "window-56x56-K7-shift3-B128-h3-D32 bf16 forward",
     "window-56x56-K7-shift3-B128-h3-D32 bf16 backward",
+    "iRPE rpe_index-B128 fp16 backward",
+    "iRPE attention-B128 fp16 forward",
+    "iRPE attention-B128 fp16 backward",
 )
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
 SHOWN = (
@@ -96,11 +109,12 @@ def tests(options: argparse.Namespace, outcome: Outcome) -> None:
         workers = ["-n", str(options.workers)]
     else:
         outcome.missing.append("pytest-xdist is not installed: the tests ran in one process")
-    files = [f"tests/test_{family}.py" for family in FAMILIES]
+    files = [f"tests/test_{family}.py" for family in (*FAMILIES, *IRPE_FAMILIES)]
     if python("-m", "pytest", "--device", "cuda", "-q", *workers, *files, *options.pytest):
         outcome.failed.append("tests of the ops on the GPU")
-    if python("-m", "pytest", "-q", "-rs", "tests/test_cuda.py", *options.pytest):
-        outcome.failed.append("tests/test_cuda.py")
+    for file in ("tests/test_cuda.py", "tests/test_cuda_irpe.py"):
+        if python("-m", "pytest", "-q", "-rs", file, *options.pytest):
+            outcome.failed.append(file)
 
 
 def sanitize(options: argparse.Namespace, outcome: Outcome) -> None:

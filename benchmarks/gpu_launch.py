@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from natrpb import ops
+from tests import irpe_cases
 from tests.cases import CAUSAL, DILATED, HEAD_DIMS, MAPS, SMALL, STRIDES, VOLUMES, WINDOWS, Case
+from tests.irpe_cases import IrpeCase
 
 from .gpu_cases import all_workloads
 from .harness import Runner, Workload
@@ -38,6 +40,23 @@ def run_small(case: Case, dtype: torch.dtype) -> None:
     ops.local_av(weights, value, inputs.pattern)
     ops.local_av_transposed(weights, query, inputs.pattern)
     ops.local_bias_grad(weights, inputs.pattern)
+    torch.cuda.synchronize()
+
+
+def small_irpe_cases() -> list[IrpeCase]:
+    """Every encoding, terms, masks, several tiles and chunks, more channels than a slice and more buckets than bins."""
+    tiles = [IrpeCase(70, 50, "kqtv", 30, terms=2, padding=True, mask=True), IrpeCase(40, 70, buckets=600, batch=1)]
+    return [*irpe_cases.SMALL, *irpe_cases.HEAD_DIMS, *tiles]
+
+
+def run_small_irpe(case: IrpeCase, dtype: torch.dtype) -> None:
+    """Forward and backward of the attention, and rpe_index in both directions."""
+    inputs = case.inputs(dtype, requires_grad=True)
+    outputs = [x for x in ops.irpe_attention(*inputs) if x is not None]
+    torch.autograd.grad(outputs, list(inputs.floats().values()), [torch.randn_like(x) for x in outputs])
+    rows = torch.randn(case.batch, case.heads, case.queries, case.buckets).to(dtype)
+    index = torch.randint(0, case.buckets, (case.queries, case.keys), dtype=torch.int32)
+    ops.rpe_index_transposed(ops.rpe_index(rows, index), index, case.buckets)
     torch.cuda.synchronize()
 
 
@@ -68,10 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in parser.parse_args(arguments).what:
         if name == "small":
             with torch.device("cuda"):
-                for case in small_cases():
-                    for dtype in DTYPES:
+                for dtype in DTYPES:
+                    for case in small_cases():
                         run_small(case, dtype)
-            print(f"{len(small_cases())} cases in {len(DTYPES)} dtypes", flush=True)
+                    for case in small_irpe_cases():
+                        run_small_irpe(case, dtype)
+            print(f"{len(small_cases()) + len(small_irpe_cases())} cases in {len(DTYPES)} dtypes", flush=True)
         for workload in named(name):
             run_workload(workload)
 

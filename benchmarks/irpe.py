@@ -27,23 +27,29 @@ TABLES = ("key_table", "query_table", "value_table")
 MODEL = "deit_small_patch16_224_ctx_product_50_shared_qkv"
 
 
-def bucket_map(side: int = SIDE) -> tuple[Tensor, int]:
-    """int32 [N, N] of the published models (product, ratio 1.9, one skipped token), and its number of buckets."""
+@functools.lru_cache(maxsize=8)
+def map_on(device: torch.device, side: int, dtype: torch.dtype = torch.int32) -> tuple[Tensor, int]:
+    """[N, N] of the published models (product, ratio 1.9, one skipped token), and its number of buckets."""
     module, *_ = natrpb.build_rpe(natrpb.get_rpe_config(skip=1, rpe_on="q"), HEAD_DIM, 1)
-    index = encodings_of(None, module, None, 1 + side * side, side, side, torch.device("cpu"))["key_index"]
-    return index.reshape(index.shape[-2:]), module.num_buckets
+    index = encodings_of(None, module, None, 1 + side * side, side, side, device)["key_index"]
+    return index.reshape(index.shape[-2:]).to(dtype), module.num_buckets
+
+
+def bucket_map(side: int = SIDE) -> tuple[Tensor, int]:
+    """`map_on` the device where tensors are made."""
+    return map_on(torch.get_default_device(), side)
 
 
 @functools.lru_cache(maxsize=8)
-def flat_map(side: int) -> Tensor:
+def flat_map(device: torch.device, side: int) -> Tensor:
     """The official code's index into rows [N * C]: row * C + bucket, int64 [N * N]."""
-    index, buckets = bucket_map(side)
-    return (index + buckets * torch.arange(len(index))[:, None]).flatten()
+    index, buckets = map_on(device, side)
+    return (index + buckets * torch.arange(len(index), device=device)[:, None]).flatten()
 
 
 def indexed(rows: Tensor, side: int) -> Tensor:
     """rpe_index as the official code has it without its own op: [B, h, N, C] -> [B, h, N, N]."""
-    return rows.flatten(2)[:, :, flat_map(side)].unflatten(2, (rows.shape[2], rows.shape[2]))
+    return rows.flatten(2)[:, :, flat_map(rows.device, side)].unflatten(2, (rows.shape[2], rows.shape[2]))
 
 
 def index_problem(batch: int, dtype: torch.dtype, train: bool, side: int = SIDE) -> Problem:
@@ -75,7 +81,7 @@ def index_backward_problem(batch: int, dtype: torch.dtype, side: int = SIDE) -> 
 
     def index_put(y: Tensor) -> Tensor:
         rows = y.new_zeros(batch, HEADS, positions * buckets)
-        rows = torch.ops.aten.index_put_(rows, [None, None, flat_map(side)], y.flatten(2), True)
+        rows = torch.ops.aten.index_put_(rows, [None, None, flat_map(y.device, side)], y.flatten(2), True)
         return rows.unflatten(2, (positions, buckets))
 
     def scatter_add(y: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def plain_attention(
     scores = q @ k.mT + indexed(q @ key_table, side) + indexed((k * scale) @ query_table, side).mT
     weights = scores.softmax(-1)
     batch, heads, positions, _ = weights.shape
-    encoding = value_table[0][bucket_map(side)[0].long()]  # [N, N, d]
+    encoding = value_table[0][map_on(query.device, side, torch.int64)[0]]  # [N, N, d]
     by_query = weights.permute(2, 0, 1, 3).reshape(positions, batch * heads, positions) @ encoding
     return (weights @ v).transpose(1, 2) + by_query.unflatten(1, (batch, heads)).transpose(0, 1)
 

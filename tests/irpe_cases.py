@@ -63,6 +63,11 @@ class IrpeCase:
     head_dim: int = 8
     value_dim: int = 0
 
+    @property
+    def size(self) -> int:
+        """Attention weights: pairs of positions, over batch and heads."""
+        return self.batch * self.heads * self.queries * self.keys
+
     def __str__(self) -> str:
         parts = [f"{self.queries}x{self.keys}", self.on or "none", f"C{self.buckets}"]
         parts += [f"T{self.terms}"] * bool(self.terms) + ["padded"] * self.padding + ["masked"] * self.mask

@@ -70,11 +70,22 @@ class TestMachineCode:
         plain = [kernel for kernel in matrix if not found[kernel.symbol] >= TENSOR_CORE]
         assert not plain, f"not all of {', '.join(TENSOR_CORE)} in\n{_ids(plain)}"
 
+    @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+    def test_irpe_attention_of_16_bits_uses_tensor_cores(self, compiled, architecture):
+        if architecture not in _binaries() and not MUST_BUILD:
+            pytest.skip(f"not built for {architecture}")
+        attend = [k for k in compiled if "irpe::attend<__" in k.name and k.architecture == architecture]
+        assert len(attend) == 6  # two types, three passes
+        found = opcodes(architecture, attend)
+        plain = [kernel for kernel in attend if not found[kernel.symbol] >= {"HMMA", "LDSM"}]
+        assert not plain, f"no tensor cores in\n{_ids(plain)}"
+
 
 @built
 def test_loads_beside_any_torch():
     """Under a torch without CUDA the stream function is missing, and nothing else may be."""
-    ops = [name for name in dir(torch.ops.natrpb) if name.startswith("local_")]
+    ops = sorted(_ext.compiled_ops["cpu"])
+    assert {"local_attention_forward", "irpe_attention_backward", "rpe_index"} <= set(ops)
     script = (
         "import torch, natrpb\n"
         f"torch.ops.load_library({str(LIBRARY)!r})\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import gpu_cases, gpu_launch
 from benchmarks.harness import OURS
 from benchmarks.irpe import attention_problem, bucket_map, index_backward_problem, index_problem, model_problem
 
@@ -33,6 +34,25 @@ def test_contenders_agree(problem, peers, dtype):
     line = measured(problem(dtype))
     assert not line.refused
     assert set(line.timings) <= {OURS, *peers} and (dtype != torch.float32 or not line.absent)
+
+
+@pytest.mark.parametrize("mode", gpu_cases.TENSORS)
+def test_problems_of_a_gpu(mode):
+    problem = gpu_cases.irpe_attention(torch.float32, mode, batch=2, side=4)
+    line = measured(problem)
+    assert not line.refused and not line.absent
+    forward = gpu_cases.irpe_attention(torch.float32, gpu_cases.FORWARD, batch=2, side=4)
+    both = gpu_cases.irpe_attention(torch.float32, gpu_cases.TRAINING, batch=2, side=4)
+    assert problem.flops == {"forward": forward.flops, "backward": both.flops - forward.flops}.get(mode, both.flops)
+    tensors, lse = {"forward": (4, 0), "backward": (8, 1), "forward+backward": (12, 2)}[mode]
+    assert problem.bytes == 2 * 17 * 6 * 4 * (64 * tensors + lse)
+
+
+def test_cases_for_sanitizers_have_every_feature():
+    cases = gpu_launch.small_irpe_cases()
+    assert {letter for case in cases for letter in case.on} == set("kqtv")
+    assert any(case.terms and case.padding and case.mask for case in cases)
+    assert any(case.buckets > 512 for case in cases) and any(case.value_dim > 64 for case in cases)
 
 
 def test_a_whole_model():

@@ -23,7 +23,7 @@ def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def attend(*given: Tensor, **options):
-    index = natrpb.irpe.bucket_ids("product", 2, 3)
+    index = natrpb.irpe.bucket_ids("product", 2, 3, device=given[0].device)
     maps = {name: index for name in ("key_index", "query_index", "bias_index", "value_index")}
     return natrpb.irpe_attention(**dict(zip(NAMES, given)), **maps, **options)
 
@@ -41,6 +41,7 @@ def leaves() -> list[Tensor]:
     return [x.requires_grad_() for x in tensors().values()]
 
 
+@pytest.mark.not_emulated("takes long; test_irpe_ops.py has first derivatives, second ones come from rpe_index")
 def test_gradients_to_second_order(leaves):
     assert torch.autograd.gradcheck(both, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(both, leaves, fast_mode=True)
@@ -109,7 +110,7 @@ def test_tables_in_another_dtype(dtype):
 
 def test_autocast_casts_what_it_multiplies():
     given = [x.requires_grad_() for x in tensors(torch.float32).values()]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(given[0].device.type, dtype=torch.bfloat16):
         out, lse = both(*given)
         double = attend(*(x.double() for x in given))
     assert (out.dtype, lse.dtype, double.dtype) == (torch.bfloat16, torch.float32, torch.float64)
@@ -121,7 +122,7 @@ def test_autocast_casts_what_it_multiplies():
 def test_keys_of_another_length():
     """Nq and Nk may differ: the last queries of a sequence see all its keys."""
     given = list(tensors().values())
-    index = natrpb.irpe.bucket_ids("product", 2, 3)
+    index = natrpb.irpe.bucket_ids("product", 2, 3, device=given[0].device)
     maps = [index, index.t(), index, index]
     interleaved = [item for pair in zip(given[3:], maps) for item in pair]
     full = natrpb.irpe_attention(*given[:3], *interleaved)
@@ -168,6 +169,7 @@ def kept_for_backward(module: nn.Module, x: Tensor) -> int:
 
 
 @needs_compiled
+@pytest.mark.not_emulated("takes a minute, and autograd keeps the same on every device")
 @pytest.mark.parametrize("on, share", [("k", 1.04), ("qk", 1.04), ("qkv", 1.19)])
 def test_attention_keeps_little_more_than_without_encodings(on, share):
     """DeiT-S: per token 5 * 384 numbers without encodings, and 6 * 50 binned weights for those on values."""
@@ -178,6 +180,8 @@ def test_attention_keeps_little_more_than_without_encodings(on, share):
 
 
 @needs_compiled
+@pytest.mark.not_emulated("takes a minute")
+@pytest.mark.not_on_cuda("counts the CPU's memory; test_cuda.py counts the GPU's")
 def test_training_allocates_nothing_of_the_size_of_the_weights():
     from .test_memory import largest_allocation
 
@@ -231,12 +235,14 @@ BAD = {
 }
 
 
+@pytest.mark.not_emulated("calls no kernel")
 @pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)
 def test_bad_arguments_of_the_attention_are_named(change, error, message):
     with pytest.raises(error, match=message):
         natrpb.irpe_attention(**({"query": QUERY, "key": QUERY, "value": QUERY} | change))
 
 
+@pytest.mark.not_emulated("calls no kernel")
 @pytest.mark.parametrize(
     "x, index, error, message",
     [
@@ -252,6 +258,8 @@ def test_bad_arguments_of_the_lookup_are_named(x, index, error, message):
         functional.rpe_index(x, index)
 
 
+@pytest.mark.not_emulated("CUDA kernels answer with NaN; test_irpe_ops_torch.py has them")
+@pytest.mark.not_on_cuda("CUDA kernels answer with NaN; test_irpe_ops_torch.py has them")
 @pytest.mark.parametrize("wrong", [-1, C])
 def test_entries_outside_of_the_table_are_refused(wrong):
     index = INDEX.clone()

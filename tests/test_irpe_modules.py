@@ -276,7 +276,8 @@ class TestDropout:
     def test_falls_before_both_sums_of_the_values(self):
         """The weights that come back give the output: one drawing for values and their encodings."""
         query, key, value = torch.randn(3, 2, 12, 2, 4, dtype=torch.float64)
-        table, index = torch.randn(1, 49, 4, dtype=torch.float64), natrpb.irpe.bucket_ids("product", 3, 4)
+        table = torch.randn(1, 49, 4, dtype=torch.float64)
+        index = natrpb.irpe.bucket_ids("product", 3, 4, device=table.device)
         out, weights = natrpb.irpe_attention(
             query, key, value, value_table=table, value_index=index, dropout_p=0.5, return_weights=True
         )  # fmt: skip
@@ -359,7 +360,7 @@ class TestDetr:
 class TestMasks:
     def call(self, **options):
         query, key, value = (torch.randn(2, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-        index = natrpb.irpe.bucket_ids("product", 2, 3)
+        index = natrpb.irpe.bucket_ids("product", 2, 3, device=query.device)
         tables = dict(
             key_table=torch.randn(1, 4, 49, dtype=torch.float64, requires_grad=True),
             query_table=torch.randn(2, 4, 49, dtype=torch.float64, requires_grad=True),
@@ -390,7 +391,7 @@ class TestMasks:
         query, key, value, *tables = (x.detach().clone() for x in leaves)
         key[1, 4:] = value[1, 4:] = torch.nan
         leaves = [x.requires_grad_() for x in (query, key, value, *tables)]
-        names, index = ("key", "query", "bias", "value"), natrpb.irpe.bucket_ids("product", 2, 3)
+        names, index = ("key", "query", "bias", "value"), natrpb.irpe.bucket_ids("product", 2, 3, device=query.device)
         encodings = {f"{n}_table": t for n, t in zip(names, tables)} | {f"{n}_index": index for n in names}
         out = natrpb.irpe_attention(query, key, value, **encodings, key_padding_mask=padding, dropout_p=dropout_p)
         close(out, expected)
@@ -410,7 +411,7 @@ def test_half_precision_and_autocast():
     module = with_random_tables(iRPEAttention(16, 2, rpe_config=get_rpe_config(skip=1, rpe_on="qkv"))).float()
     x = torch.randn(2, 17, 16)
     expected = module(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         out = module(x)
     assert out.dtype == torch.bfloat16
     close(out.float(), expected, 0.05)

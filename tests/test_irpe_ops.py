@@ -64,7 +64,9 @@ def test_gradients_match_the_reference(case, dtype):
         elif case.keys == 1 and name != "value":  # zero, as weights of one key are always 1
             close(each[0].double(), each[2], torch.finfo(dtype).eps * 10)
         else:
-            at_most_twice_the_error(f"d{name}", *each)
+            # A table's entry adds the errors of many queries' <dout, out>, which plain takes from sums that were not rounded.
+            rounded_sums = name == "table" and dtype.itemsize == 2
+            at_most_twice_the_error(f"d{name}", *each, floor=2 if rounded_sums else None)
 
 
 @pytest.mark.parametrize("op", [ops.irpe_attention, reference_irpe.irpe_attention], ids=["op", "reference"])
@@ -113,6 +115,7 @@ def test_gradcheck_entry_by_entry_with_forward_mode_and_vmap(case):
     )
 
 
+@pytest.mark.not_emulated("takes a minute; second derivatives come from rpe_index, which other tests have")
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradgradcheck(case):
     inputs = case.inputs(requires_grad=True)
@@ -122,6 +125,7 @@ def test_gradgradcheck(case):
     )
 
 
+@pytest.mark.not_emulated("takes a minute")
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[1]], ids=str)
 def test_gradcheck_of_large_cases_in_a_random_direction(case):
     inputs = case.inputs(requires_grad=True)
@@ -251,6 +255,7 @@ INDEX_SIZES = [
     (3, 6, 197, 197, 50),
     (2, 9, 19, 40, 130),
     (1, 1, 2, 300, 7),
+    (1, 2, 5, 70, 600),
 ]
 
 
@@ -339,11 +344,12 @@ def test_reference_serves_devices_without_kernels(monkeypatch):
         close(one, other)
     close(ops.rpe_index(x, index), spread)
     close(ops.rpe_index_transposed(y, index, 3), summed)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(inputs.query.device.type, dtype=torch.bfloat16):
         out, lse, binned = ops.irpe_attention(*case.inputs(torch.float32))
     assert out.dtype == binned.dtype == torch.bfloat16 and lse.dtype == torch.float32
 
 
 @needs_compiled
 def test_compiled_ops_are_what_is_tested():
-    assert _ext.runs_compiled(torch.device("cpu"), "irpe_attention_forward") and ops_irpe.irpe_attention is ops.irpe_attention
+    device = torch.get_default_device()
+    assert _ext.runs_compiled(device, "irpe_attention_forward") and ops_irpe.irpe_attention is ops.irpe_attention

@@ -88,6 +88,7 @@ def value_and_grads(function, inputs: IrpeInputs) -> list[Tensor]:
     return [result.detach(), *torch.autograd.grad(result, list(leaves.floats().values()))]
 
 
+@pytest.mark.not_emulated("torch.compile sees schemas and fakes, the same on every device")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_function_trains_in_one_graph(dynamic):
     torch._dynamo.reset()
@@ -101,7 +102,7 @@ def test_compiled_function_trains_in_one_graph(dynamic):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 def test_autocast_equals_casting_by_hand(dtype):
     inputs = MEDIUM.inputs(torch.float32)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(inputs.query.device.type, dtype=dtype):
         out, lse, binned = ops.irpe_attention(*inputs)
         assert ops.rpe_index(inputs.query_rows, inputs.index_k).dtype == torch.float32
     cast = inputs._replace(**{name: x.to(dtype) for name, x in inputs.floats().items() if name != "table"})
@@ -109,7 +110,7 @@ def test_autocast_equals_casting_by_hand(dtype):
     for one, other in zip((out, lse, binned), ops.irpe_attention(*cast)):
         assert torch.equal(one, other)
     inputs = MEDIUM.inputs(torch.float64)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(inputs.query.device.type, dtype=dtype):
         assert ops.irpe_attention(*inputs)[0].dtype == torch.float64
 
 
@@ -158,6 +159,8 @@ def largest_allocation(call) -> int:
 
 
 @needs_compiled
+@pytest.mark.not_emulated("takes minutes")
+@pytest.mark.not_on_cuda("counts the CPU's memory; test_cuda.py counts the GPU's")
 @pytest.mark.parametrize("batch", [1, 8], ids=lambda batch: f"B{batch}")
 def test_nothing_of_the_size_of_the_weights_is_allocated(batch):
     """With a batch of one, a (batch, head) is cut into blocks whose parts of dkey and dvalue wait in a workspace."""
@@ -193,6 +196,8 @@ def bits(case: IrpeCase, dtype: torch.dtype) -> list[Tensor]:
 
 
 @needs_compiled
+@pytest.mark.not_emulated("the emulator runs on one thread")
+@pytest.mark.not_on_cuda("the GPU's threads are not torch's")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("case", [*LARGE, MEDIUM], ids=str)
 def test_number_of_threads_does_not_change_a_bit(case, dtype, threads):
@@ -222,6 +227,8 @@ def save_results(path: str) -> None:
     torch.save([bits(case, dtype) for dtype in TOLERANCE for case in SOME], path)
 
 
+@pytest.mark.not_emulated("instruction sets are the CPU kernels'")
+@pytest.mark.not_on_cuda("instruction sets are the CPU kernels'")
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_path):
     """Up to rounding, and relative to the largest entry."""
@@ -246,6 +253,50 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_p
                     assert error <= tolerance, f"{case} {dtype}: {error:.1e}"
 
 
+ON_CUDA_KERNELS = torch.get_default_device().type == "cuda" or "emulator" in (natrpb.info()["library"] or "")
+
+
+@needs_compiled
+class TestEntriesOutOfRange:
+    """Read or written by nowhere: CPU kernels refuse them, CUDA kernels, which cannot without waiting for the GPU, give NaN."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_buckets": 4}, "index_v must hold numbers from 0 to 3, got"),
+            ({"index_q": lambda x: x - 20}, "index_q must hold numbers from 0 to 10, got -"),
+            ({"index_k": lambda x: x.long() + 11}, "index_k must hold numbers from 0 to 10, got"),
+            ({"index_t": lambda x: x + (1 << 30)}, "index_t must hold numbers from 0 to 10, got"),
+        ],
+        ids=["v", "q", "k", "t"],
+    )
+    def test_attention(self, change, message):
+        inputs = MEDIUM.inputs(torch.float32, requires_grad=True)
+        inputs = inputs._replace(**{name: x(getattr(inputs, name)) if callable(x) else x for name, x in change.items()})
+        if not ON_CUDA_KERNELS:
+            with pytest.raises(RuntimeError, match=message):
+                ops.irpe_attention(*inputs)
+            return
+        out, _, binned = ops.irpe_attention(*inputs)
+        assert (out if "num_buckets" not in change else binned).isnan().any()
+        gradients = torch.autograd.grad((out, binned), list(inputs.floats().values()), (out.detach(), binned.detach()))
+        assert any(gradient.isnan().any() for gradient in gradients)
+
+    def test_rpe_index(self):
+        x, y, index = torch.randn(2, 2, 4, 5), torch.randn(2, 2, 4, 6), torch.zeros(4, 6, dtype=torch.int32)
+        index[1, 2], index[3, 4] = 5, -1
+        if not ON_CUDA_KERNELS:
+            for call in (lambda: ops.rpe_index(x, index), lambda: ops.rpe_index_transposed(y, index, 5)):
+                with pytest.raises(RuntimeError, match="index must hold numbers from 0 to 4, got 5"):
+                    call()
+            return
+        spread = ops.rpe_index(x, index)
+        assert spread[:, :, 1, 2].isnan().all() and spread[:, :, 3, 4].isnan().all()
+        assert spread.isnan().sum() == 8
+        summed = ops.rpe_index_transposed(y, index, 5)
+        assert summed[:, :, [1, 3]].isnan().any(-1).all() and not summed[:, :, [0, 2]].isnan().any()
+
+
 @needs_compiled
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -255,9 +306,6 @@ class TestRefusals:
             ({"key_rows": None}, "key_rows and index_q must be given together"),
             ({"index_t": None}, "table and index_t must be given together"),
             ({"num_buckets": 0}, "num_buckets must be positive, got 0"),
-            ({"num_buckets": 4}, r"index_v must hold numbers from 0 to 3, got"),
-            ({"index_q": lambda x: x - 20}, r"index_q must hold numbers from 0 to 10, got -"),
-            ({"index_k": lambda x: x.long() + (1 << 40)}, r"index_k must hold numbers from 0 to 10, got"),
             ({"index_k": lambda x: x.float()}, "index_k must be int32 or int64"),
             ({"index_k": lambda x: x[:, :-1]}, r"index_k must have shape \[19, 21\], got \[19, 20\]"),
             ({"index_v": lambda x: x.expand(2, 3, -1, -1)}, r"index_v must have shape \[19, 21\]"),
@@ -285,7 +333,6 @@ class TestRefusals:
             ((x[0], index), r"x must have shape \[B, h, Nq, C\], got \[2, 4, 5\]"),
             ((x, index[0]), r"index must have shape \[Nq, Nk\], got \[6\]"),
             ((x, index[:3]), r"index must have shape \[4, 6\], got \[3, 6\]"),
-            ((x, index + 5), "index must hold numbers from 0 to 4, got 5"),
             ((x.int(), index), "x must be float64, float32, bfloat16 or float16"),
         ):
             with pytest.raises(RuntimeError, match=message):

@@ -101,11 +101,11 @@ struct IrpeAttention {
 
   // ---- staging ----
 
-  S* row(const Matrix& m, int64_t r) const { return static_cast<S*>(m.data) + m.offset(batch, head, r); }
-  T* wide_row(const Matrix& m, int64_t r) const { return static_cast<T*>(m.data) + m.offset(batch, head, r); }
+  S* row(const RowsView& m, int64_t r) const { return static_cast<S*>(m.data) + m.offset(batch, head, r); }
+  T* wide_row(const RowsView& m, int64_t r) const { return static_cast<T*>(m.data) + m.offset(batch, head, r); }
 
   // to[i][c] = factor * m[begin + i][c], zero from `columns` to `to_pitch`
-  void stage_rows(const Matrix& m, int64_t begin, int64_t rows, int64_t columns, T factor, int64_t to_pitch, T* to) const {
+  void stage_rows(const RowsView& m, int64_t begin, int64_t rows, int64_t columns, T factor, int64_t to_pitch, T* to) const {
     for (int64_t i = 0; i < rows; ++i, to += to_pitch) {
       const S* from = row(m, begin + i);
       for (int64_t c = 0; c < to_pitch; c += L) {
@@ -114,7 +114,7 @@ struct IrpeAttention {
     }
   }
   // m[begin + i][c] = factor * from[i][c]
-  void store_rows(const Matrix& m, int64_t begin, int64_t rows, int64_t columns, T factor, int64_t pitch_,
+  void store_rows(const RowsView& m, int64_t begin, int64_t rows, int64_t columns, T factor, int64_t pitch_,
                   const T* from) const {
     for (int64_t i = 0; i < rows; ++i) store_row(from + i * pitch_, columns, splat(factor), row(m, begin + i));
   }
@@ -138,7 +138,7 @@ struct IrpeAttention {
       if (closed[k] != T(0)) clear(rows + k * row_size, row_size);
     }
   }
-  void stage_columns(const Matrix& m, const Window& w, int64_t channels, T* to) const {
+  void stage_columns(const RowsView& m, const Window& w, int64_t channels, T* to) const {
     copy_columns(row(m, w.first_key), m.row, w.keys, channels, T(1), chunk, to);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t k = padded(w.keys); k < chunk; k += L) store(to + c * chunk + k, Vec<T>{});
@@ -268,7 +268,7 @@ struct IrpeAttention {
 
   // ---- backward ----
 
-  T dot(const Matrix& a, const Matrix& b, int64_t i, int64_t columns) const {
+  T dot(const RowsView& a, const RowsView& b, int64_t i, int64_t columns) const {
     const S *x = row(a, i), *y = row(b, i);
     Vec<T> total{};
     for (int64_t c = 0; c < columns; c += L)
@@ -317,7 +317,7 @@ struct IrpeAttention {
   }
 
   // Sums of one kind of a chunk's keys: results, or the item's part of them in the workspace (to be merged by another).
-  void store_keys(const Window& w, const Matrix& m, int64_t columns, int64_t from_pitch, const T* from, T*& part) const {
+  void store_keys(const Window& w, const RowsView& m, int64_t columns, int64_t from_pitch, const T* from, T*& part) const {
     if (!part) return store_rows(m, w.first_key, w.keys, columns, T(1), from_pitch, from);
     for (int64_t k = 0; k < w.keys; ++k, part += columns) store_row(from + k * from_pitch, columns, splat(T(1)), part);
   }
@@ -362,7 +362,7 @@ struct IrpeAttention {
 
 // to[i] = sum of the parts of rows i, `step` elements apart, in their order
 template <class S>
-void merge_parts(const Matrix& m, int64_t batch, int64_t head, int64_t rows, int64_t columns, const Compute<S>* part,
+void merge_parts(const RowsView& m, int64_t batch, int64_t head, int64_t rows, int64_t columns, const Compute<S>* part,
                  int64_t step, int64_t parts) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;

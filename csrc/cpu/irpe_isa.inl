@@ -66,7 +66,7 @@ void attention_merge(const IrpeAttentionParams& params, const IrpePlan& plan, in
     typedef typename decltype(storage)::type S;
     const int64_t batch = pair / params.heads, head = pair % params.heads, step = plan.partial();
     const Compute<S>* part = static_cast<const Compute<S>*>(params.workspace) + pair * plan.blocks * step;
-    const auto merge = [&](const Matrix& m, int64_t size, int64_t columns) {
+    const auto merge = [&](const RowsView& m, int64_t size, int64_t columns) {
       if (size) merge_parts<S>(m, batch, head, params.keys, columns, part, step, plan.blocks);
       part += size;
     };

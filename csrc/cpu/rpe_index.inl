@@ -22,7 +22,7 @@ struct RpeIndex {
     return (transposed ? 2 * params.index.buckets * L : row_pitch<T>(params.index.buckets)) * static_cast<int64_t>(sizeof(T));
   }
   // The first row of a pair.
-  S* start(const Matrix& m, int64_t pair) const {
+  S* start(const RowsView& m, int64_t pair) const {
     return static_cast<S*>(m.data) + m.offset(pair / params.heads, pair % params.heads, 0);
   }
 

@@ -12,25 +12,6 @@ namespace natrpb::cuda {
 
 namespace {
 
-template <class T>
-struct Tag {
-  using Type = T;
-};
-
-// f(Tag<T>()) with the storage type T of `dtype`
-template <class F>
-auto with_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(Tag<double>());
-    case DType::kBFloat16:
-      return f(Tag<__nv_bfloat16>());
-    case DType::kFloat16:
-      return f(Tag<__half>());
-    default:
-      return f(Tag<float>());
-  }
-}
 template <class Tag>
 using RowsOf = LocalAttentionRows<typename Tag::Type>;
 

@@ -34,6 +34,8 @@ inline constexpr int kChannels = kSums * kRowLanes;  // that they cover; a wider
 
 template <class T>
 inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <class T>
+inline constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int first_lane_of_group() { return lane_index() / kRowLanes * kRowLanes; }

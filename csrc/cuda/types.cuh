@@ -10,12 +10,33 @@
 
 #include "cuda/device.cuh"
 #include "cuda/ptx.cuh"
+#include "natrpb/local_attention.h"
 
 namespace natrpb::cuda {
 
 // fp64 computes in fp64, everything else in fp32.
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+struct Tag {
+  using Type = T;
+};
+
+// f(Tag<T>()) with the storage type T of `dtype`
+template <class F>
+auto with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(Tag<double>());
+    case DType::kBFloat16:
+      return f(Tag<__nv_bfloat16>());
+    case DType::kFloat16:
+      return f(Tag<__half>());
+    default:
+      return f(Tag<float>());
+  }
+}
 
 // Elements in the widest load of a thread, 16 bytes.
 template <class T>

@@ -1,22 +1,21 @@
 // The ops of image relative position encodings on the CPU.
-#include "torch/irpe_ops.h"
+#include "irpe_ops.h"
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
+
+#include "device_cpu.h"
 
 namespace {
 
 using natrpb::IrpeAttentionParams;
 using natrpb::RpeIndexParams;
 using natrpb::Status;
+using natrpb::binding::CpuDevice;
 using natrpb::binding::ScalarType;
 using natrpb::binding::Tensor;
 namespace cpu = natrpb::cpu;
-
-void parallel_for(int64_t count, void* body, void (*call)(void*, int64_t, int64_t)) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { call(body, begin, end); });
-}
 
 // Throws where an entry is outside of [0, buckets): kernels read and write by these numbers.
 template <class I>
@@ -33,11 +32,9 @@ void check_entries(const char* name, const Tensor& index, int64_t buckets) {
   STD_TORCH_CHECK(false, name, " must hold numbers from 0 to ", buckets - 1, ", got ", *first);
 }
 
-struct Cpu {
-  Cpu(const char* name, const Tensor& model) { check_device(name, model); }
-  void check_device(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the other tensors");
-  }
+struct Cpu : CpuDevice {
+  using CpuDevice::CpuDevice;
+
   void check_map(const char* name, const Tensor& index, int64_t buckets) const {
     const bool narrow = index.scalar_type() == ScalarType::Int;
     narrow ? check_entries<int32_t>(name, index, buckets) : check_entries<int64_t>(name, index, buckets);

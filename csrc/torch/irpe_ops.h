@@ -118,7 +118,7 @@ struct IrpeOps {
     }
 
     // Checks a tensor of the call's dtype, gives it contiguous channels, and points `to` at it. NB: it must outlive `to`.
-    Tensor take(const char* name, const Tensor& t, const Ints& sizes, bool heads_last, Matrix& to) const {
+    Tensor take(const char* name, const Tensor& t, const Ints& sizes, bool heads_last, RowsView& to) const {
       check_shape(name, t, sizes);
       STD_TORCH_CHECK(dtype_of(name, t) == params.dtype, name, " must have query's dtype");
       backend.check_device(name, t);
@@ -135,13 +135,13 @@ struct IrpeOps {
       return taken;
     }
     // [B, Nq, h] in the wide dtype
-    void take_per_query(const char* name, const Tensor& t, Matrix& to) const {
+    void take_per_query(const char* name, const Tensor& t, RowsView& to) const {
       check_shape(name, t, {params.batch, params.queries, params.heads});
       STD_TORCH_CHECK(t.scalar_type() == wide_type(params.dtype), name, " must be float32, or float64 for a float64 query");
       backend.check_device(name, t);
       to = rows_of_heads_last(t);
     }
-    Tensor make(const Ints& sizes, bool heads_last, Matrix& to) const {
+    Tensor make(const Ints& sizes, bool heads_last, RowsView& to) const {
       Tensor t = torch::stable::new_empty(query, sizes, query.scalar_type());
       to = heads_last ? rows_of_heads_last(t) : rows_of(t);
       return t;
@@ -203,8 +203,8 @@ struct IrpeOps {
 
  private:
   // [B, h, N, columns] and [B, N, h(, columns)]
-  static Matrix rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-  static Matrix rows_of_heads_last(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(2), t.stride(1)}; }
+  static RowsView rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+  static RowsView rows_of_heads_last(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(2), t.stride(1)}; }
 
   static RpeIndexParams index_params(const Tensor& rows, int64_t keys) {
     RpeIndexParams p;

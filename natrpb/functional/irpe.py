@@ -20,7 +20,8 @@ def rpe_index(x: Tensor, index: Tensor) -> Tensor:
 
     Args:
         x: [B, h, Nq, C], fp64, fp32, bf16 or fp16; any strides.
-        index: int32 or int64 [Nq, Nk], 0 <= index < C, shared by the batch and the heads.
+        index: int32 or int64 [Nq, Nk], 0 <= index < C, shared by the batch and the heads. An entry out of range is refused on
+            a CPU and gives NaN on a GPU.
 
     Returns:
         [B, h, Nq, Nk] in x's dtype.
@@ -72,7 +73,8 @@ def irpe_attention(
         key: [B, Nk, h, D].
         value: [B, Nk, h, Dv].
         key_table: [h or 1, D, C], contextual encoding on keys.
-        key_index: int32 or int64 [Nq, Nk] or [T, Nq, Nk], by query and key, 0 <= index < C.
+        key_index: int32 or int64 [Nq, Nk] or [T, Nq, Nk], by query and key, 0 <= index < C. An entry out of range is refused on
+            a CPU and gives NaN on a GPU.
         query_table, query_index: the same on queries; `query_index` too is by query and key.
         bias_table, bias_index: [h or 1, C] and its map; not multiplied by scale.
         value_table, value_index: [h or 1, C, Dv] and its map.

@@ -33,7 +33,7 @@ template <DType kDType>
 struct Rows {
   using S = Storage<kDType>;
   std::vector<typename S::Type> data;
-  Matrix view;
+  RowsView view;
   int64_t batch, heads, rows, columns;
 
   Rows(const IrpeCase& c, int64_t rows_, int64_t columns_, bool heads_last, int64_t strips = 1)

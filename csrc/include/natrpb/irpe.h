@@ -15,16 +15,6 @@
 
 namespace natrpb {
 
-// A tensor [batch, heads, row, column] with free strides in elements; columns are contiguous.
-struct Matrix {
-  void* data = nullptr;
-  int64_t batch = 0;
-  int64_t head = 0;
-  int64_t row = 0;
-
-  NATRPB_HD int64_t offset(int64_t b, int64_t h, int64_t r) const { return b * batch + h * head + r * row; }
-};
-
 // Buckets of every pair of positions, shared by batch and heads.
 struct BucketMap {
   const int32_t* data = nullptr;  // [terms, Nq, Nk] contiguous
@@ -39,8 +29,8 @@ struct RpeIndexParams {
   int64_t keys = 0;     // Nk
   DType dtype = DType::kFloat32;
   BucketMap index;  // one term
-  Matrix x;         // [B, h, Nq, C]
-  Matrix y;         // [B, h, Nq, Nk]
+  RowsView x;       // [B, h, Nq, C]
+  RowsView y;       // [B, h, Nq, Nk]
 };
 
 struct IrpeAttentionParams {
@@ -53,11 +43,11 @@ struct IrpeAttentionParams {
   DType dtype = DType::kFloat32;
   double scale = 1.0;
 
-  Matrix query;                 // [B, h, Nq, D]
-  Matrix key;                   // [B, h, Nk, D]
-  Matrix value;                 // [B, h, Nk, Dv]
-  Matrix query_rows;            // [B, h, Nq, index_k.buckets], may be nullptr, as its map
-  Matrix key_rows;              // [B, h, Nk, index_q.buckets], may be nullptr, as its map
+  RowsView query;               // [B, h, Nq, D]
+  RowsView key;                 // [B, h, Nk, D]
+  RowsView value;               // [B, h, Nk, Dv]
+  RowsView query_rows;          // [B, h, Nq, index_k.buckets], may be nullptr, as its map
+  RowsView key_rows;            // [B, h, Nk, index_q.buckets], may be nullptr, as its map
   const void* table = nullptr;  // [h, index_t.buckets] contiguous, fp32 (fp64 for fp64), may be nullptr, as its map
   BucketMap index_k;            // of the keys' encoding, looked up in query_rows
   BucketMap index_q;            // of the queries' encoding, looked up in key_rows
@@ -65,18 +55,18 @@ struct IrpeAttentionParams {
   BucketMap index_v;            // of the values' encoding, may be nullptr
   const uint8_t* key_padding_mask = nullptr;  // [B, Nk] contiguous, 1 where a key is excluded, may be nullptr
   const uint8_t* attn_mask = nullptr;         // [Nq, Nk] contiguous, 1 where a pair is excluded, may be nullptr
-  Matrix out;                                 // [B, h, Nq, Dv]
-  Matrix lse;                                 // [B, h, Nq, 1], fp32 (fp64 for fp64); -inf for a query without keys
-  Matrix binned;                              // [B, h, Nq, index_v.buckets], nullptr as its map
+  RowsView out;                               // [B, h, Nq, Dv]
+  RowsView lse;                               // [B, h, Nq, 1], fp32 (fp64 for fp64); -inf for a query without keys
+  RowsView binned;                            // [B, h, Nq, index_v.buckets], nullptr as its map
 
-  Matrix dout;                // [B, h, Nq, Dv]
-  Matrix dlse;                // [B, h, Nq, 1], fp32 (fp64 for fp64), may be nullptr
-  Matrix dbinned;             // [B, h, Nq, index_v.buckets], may be nullptr
-  Matrix dquery;              // [B, h, Nq, D]
-  Matrix dkey;                // [B, h, Nk, D]
-  Matrix dvalue;              // [B, h, Nk, Dv]
-  Matrix dquery_rows;         // as query_rows
-  Matrix dkey_rows;           // as key_rows
+  RowsView dout;              // [B, h, Nq, Dv]
+  RowsView dlse;              // [B, h, Nq, 1], fp32 (fp64 for fp64), may be nullptr
+  RowsView dbinned;           // [B, h, Nq, index_v.buckets], may be nullptr
+  RowsView dquery;            // [B, h, Nq, D]
+  RowsView dkey;              // [B, h, Nk, D]
+  RowsView dvalue;            // [B, h, Nk, Dv]
+  RowsView dquery_rows;       // as query_rows
+  RowsView dkey_rows;         // as key_rows
   void* dtable = nullptr;     // as table
   void* workspace = nullptr;  // see irpe_attention_backward_workspace, may be nullptr where that returns 0
 };
@@ -97,4 +87,19 @@ Status irpe_attention_forward(const IrpeAttentionParams& params, ParallelFor par
 Status irpe_attention_backward(const IrpeAttentionParams& params, ParallelFor parallel_for);
 
 }  // namespace cpu
+
+// The same on a GPU: queued on `stream`, a cudaStream_t of the current device. Nobody can look at the maps without waiting for
+// the GPU: an entry outside of [0, buckets) is used for no access to memory, and its pair's score or sum is NaN.
+namespace cuda {
+
+Status rpe_index(const RpeIndexParams& params, void* stream);
+// NB: sums by bucket have a fixed order, but another one.
+Status rpe_index_transposed(const RpeIndexParams& params, void* stream);
+
+int64_t irpe_attention_backward_workspace(const IrpeAttentionParams& params);
+
+Status irpe_attention_forward(const IrpeAttentionParams& params, void* stream);
+Status irpe_attention_backward(const IrpeAttentionParams& params, void* stream);
+
+}  // namespace cuda
 }  // namespace natrpb

@@ -29,6 +29,16 @@ struct View {
   }
 };
 
+// A tensor [batch, heads, row, channel] with free strides in elements; channels are contiguous.
+struct RowsView {
+  void* data = nullptr;
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t row = 0;
+
+  NATRPB_HD int64_t offset(int64_t b, int64_t h, int64_t r) const { return b * batch + h * head + r * row; }
+};
+
 struct LocalAttentionParams {
   Axis axis[kAxes];
   int64_t batch = 0;

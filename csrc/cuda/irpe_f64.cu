@@ -1,0 +1,5 @@
+#include "cuda/irpe_launch.cuh"
+
+namespace natrpb::cuda {
+template struct IrpeKernels<double>;
+}
