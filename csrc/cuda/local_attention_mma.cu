@@ -91,6 +91,20 @@ class Arena {
 int64_t fragment_heads(const LocalAttentionParams& params) { return params.rpb ? params.heads : 1; }
 
 // Tables of a tiling, and the parameters of the kernels that read them.
+// Gives the kernel a tensor, of a 16-bit type unless `element_bytes` says otherwise.
+void set_tensor(Params& p, int index, const View& view, int64_t element_bytes = 2) {
+  Tensor& tensor = p.tensor[index];
+  tensor.data = static_cast<unsigned char*>(view.data);
+  Strides& bytes = tensor.bytes;
+  bytes.batch = view.batch * element_bytes;
+  bytes.head = view.head * element_bytes;
+  for (int a = 0; a < kAxes; ++a) {
+    bytes.group[a] = view.space[a] * element_bytes;
+    bytes.step[a] = bytes.group[a] * p.op.axis[a].dilation;
+    bytes.eight += bytes.step[a] * p.tiling.axis[a].step_of(8);
+  }
+}
+
 Params make_params(const LocalAttentionParams& params, const Tiling& tiling, Arena& arena) {
   Params p;
   p.op = params;
@@ -119,9 +133,10 @@ Status prepare(const Params& p, void* stream) {
                 preparation);
 }
 
-// Strides of one number per query, [B, h, *].
-View contiguous(const LocalAttentionParams& params) {
+// Statistics of every query, [B, h, *].
+View stats_view(const LocalAttentionParams& params, float2* stats) {
   View view;
+  view.data = stats;
   int64_t stride = 1;
   for (int a = kAxes - 1; a >= 0; --a) {
     view.space[a] = stride;
@@ -137,15 +152,34 @@ struct Backward {
   TablePlan tables;  // of drpb
 };
 
+void set_backward_tensors(Backward& b, const LocalAttentionParams& params) {
+  const View stats = stats_view(params, b.query.stats);
+  set_tensor(b.query, query_tensor::kKey, params.key);
+  set_tensor(b.query, query_tensor::kValue, params.value);
+  set_tensor(b.query, query_tensor::kQuery, params.query);
+  set_tensor(b.query, query_tensor::kDout, params.dout);
+  set_tensor(b.query, query_tensor::kOut, params.out);
+  set_tensor(b.query, query_tensor::kLse, params.lse, sizeof(float));
+  set_tensor(b.query, query_tensor::kDlse, params.dlse, sizeof(float));
+  set_tensor(b.query, query_tensor::kDquery, params.dquery);
+  set_tensor(b.query, query_tensor::kStats, stats, sizeof(float2));
+  set_tensor(b.key, key_tensor::kQuery, params.query);
+  set_tensor(b.key, key_tensor::kDout, params.dout);
+  set_tensor(b.key, key_tensor::kKey, params.key);
+  set_tensor(b.key, key_tensor::kValue, params.value);
+  set_tensor(b.key, key_tensor::kDkey, params.dkey);
+  set_tensor(b.key, key_tensor::kDvalue, params.dvalue);
+  set_tensor(b.key, key_tensor::kStats, stats, sizeof(float2));
+}
+
 Backward make_backward(const LocalAttentionParams& params, Arena& arena) {
   Backward b;
   b.query = make_params(params, query_tiling(params), arena);
   b.key = make_params(params, key_tiling(params), arena);
   Params& p = b.query;
   const int64_t positions = params.batch * params.heads * positions_of(params);
-  p.stats = b.key.stats = contiguous(params);
-  p.lse = b.key.lse = arena.take<float>(positions);
-  p.delta = b.key.delta = arena.take<float>(positions);
+  p.stats = b.key.stats = arena.take<float2>(positions);
+  set_backward_tensors(b, params);
   p.entries = static_cast<int32_t>(table_entries(params));
   const int64_t sums = p.tiling.pairs * kPairFloat4 * static_cast<int64_t>(sizeof(float4));  // of a warp
   const int64_t warps = params.heads * p.tiling.warps;                                       // of one run of every head
@@ -166,16 +200,6 @@ Backward make_backward(const LocalAttentionParams& params, Arena& arena) {
   return b;
 }
 
-// Whether offsets within a tile fit 32 bits.
-bool tiles_are_compact(const LocalAttentionParams& params) {
-  int64_t widest = 0;
-  for (const View* view : {&params.query, &params.key, &params.value, &params.out, &params.lse, &params.dout, &params.dlse,
-                           &params.dquery, &params.dkey, &params.dvalue}) {
-    for (int a = 0; a < kAxes; ++a) widest = max_of(widest, params.axis[a].dilation * view->space[a]);
-  }
-  return widest < (int64_t{1} << 31) / (kAxes * kTileRows);
-}
-
 bool serves(const LocalAttentionParams& params) {
   if (params.dtype != DType::kFloat16 && params.dtype != DType::kBFloat16) return false;
   if (params.head_dim < 8 || params.value_dim < 8 || max_of(params.head_dim, params.value_dim) > kMostDim) return false;
@@ -183,7 +207,7 @@ bool serves(const LocalAttentionParams& params) {
   for (const Axis& axis : params.axis) largest = max_of(largest, max_of(axis.length, axis.dilation));
   if (largest >= int64_t{1} << 31) return false;
   if (!(kLeastScale <= params.scale && params.scale <= kMostScale)) return false;
-  return tiles_are_compact(params) && can_load_vectors<__half>(params);  // of either 16-bit type
+  return can_load_vectors<__half>(params);  // of either 16-bit type
 }
 
 bool tables_are_small(const LocalAttentionParams& params, const Tiling& tiling) {
@@ -232,7 +256,12 @@ int64_t backward_workspace(const LocalAttentionParams& params) {
 
 Status forward(const LocalAttentionParams& params, void* stream) {
   Arena arena(params.workspace);
-  const Params p = make_params(params, forward_tiling(params), arena);
+  Params p = make_params(params, forward_tiling(params), arena);
+  set_tensor(p, forward_tensor::kKey, params.key);
+  set_tensor(p, forward_tensor::kValue, params.value);
+  set_tensor(p, forward_tensor::kQuery, params.query);
+  set_tensor(p, forward_tensor::kOut, params.out);
+  set_tensor(p, forward_tensor::kLse, params.lse, sizeof(float));
   const Status status = prepare(p, stream);
   if (!status.ok()) return status;
   return with_kernels(params, [&](auto kernels) { return kernels.forward(p, stream); });

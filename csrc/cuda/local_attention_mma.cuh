@@ -1,5 +1,5 @@
-// What the tensor-core kernels of local attention share: where a CTA and a warp are, how columns are staged in shared memory,
-// and how rows travel between global memory and fragments.
+// What the tensor-core kernels of local attention share: where a CTA and a warp are, and how rows travel between global memory
+// and fragments. How columns travel: local_attention_mma_columns.cuh.
 //
 // A warp owns a tile of 16 rows (tiling.h) and takes the columns that any of them sees, packed densely, 16 at a time. The
 // accumulator of a score product starts from a fragment that prepare_kernel has laid out: bias / scale, or -inf where the row
@@ -29,17 +29,47 @@ inline constexpr int kBackwardBlocks = 2;
 inline constexpr int kBackwardBlocks = 3;
 #endif
 
+// Whether the forward has a body of its own for full chunks of columns, which takes registers that these GPUs' code has not left.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr bool kFullChunks = false;
+#else
+inline constexpr bool kFullChunks = true;
+#endif
+
+// A tensor by the bytes between its neighbors.
+struct Strides {
+  int64_t batch, head;
+  int64_t group[kAxes];  // between positions that follow each other, hence between residue groups
+  int64_t step[kAxes];   // between in-group indices
+  int64_t eight;         // between rows r and r + 8 of a tile
+};
+struct Tensor {
+  unsigned char* data = nullptr;
+  Strides bytes{};
+};
+
+// Where Params::tensor holds what. The first two are the columns', staged in shared memory.
+namespace forward_tensor {
+enum : int { kKey, kValue, kQuery, kOut, kLse, kCount };
+}
+namespace query_tensor {
+enum : int { kKey, kValue, kQuery, kDout, kOut, kLse, kDlse, kDquery, kStats, kCount };
+}
+namespace key_tensor {
+enum : int { kQuery, kDout, kKey, kValue, kDkey, kDvalue, kStats, kCount };
+}
+inline constexpr int kMostTensors = query_tensor::kCount;
+
 struct Params {
   LocalAttentionParams op;
   Tiling tiling;
+  Tensor tensor[kMostTensors];
   const TileSpan* spans = nullptr;    // [tiling.spans]
   const HaloSpan* halos = nullptr;    // [tiling.halos]
   const float4* fragments = nullptr;  // [h or 1, classes, pairs, 2, 32]
   const uint32_t* columns = nullptr;  // [classes, pairs, 32]: where a lane's columns lie, see Columns
   int64_t fragments_per_head = 0;     // float4 between two heads; 0 without a bias
-  View stats;                         // strides of lse and delta, contiguous [B, h, *]; backward only, as all below
-  float* lse = nullptr;               // [B, h, *] in units of log 2
-  float* delta = nullptr;             // [B, h, *]: <dout, out> - dlse
+  float2* stats = nullptr;            // [B, h, *]: lse in units of log 2, <dout, out> - dlse; backward only, as all below
   float* partials = nullptr;          // [h, runs, warps, entries]: drpb of every warp, or nullptr
   float4* sums = nullptr;             // [h, runs, warps, pairs, 2, 32]: sums of dscores, or nullptr: in shared memory
   bool sums_in_registers = false;     // while items are of one class
@@ -86,13 +116,6 @@ struct alignas(128) Place {
   __device__ int32_t position(const Params& p, int a, int32_t i) const {
     return static_cast<int32_t>(p.op.axis[a].dilation) * i + group[a];
   }
-  // Element offset of in-group indices in a view.
-  __device__ int64_t offset(const Params& p, const View& view, const int32_t (&i)[kAxes]) const {
-    int64_t sum = batch * view.batch + head * view.head;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) sum += position(p, a, i[a]) * view.space[a];
-    return sum;
-  }
 };
 
 // A box of columns, numbered densely: j = (i0 * c1 + i1) * c2 + i2.
@@ -120,65 +143,77 @@ struct Box {
   }
 };
 
-// A warp's tile, in shared memory too.
-struct Tile {
-  TileSpan span[kAxes];
+// A warp's tile.
+struct alignas(16) Tile {
+  int32_t row_first[kAxes];  // in-group indices, as all positions on an axis here
+  uint32_t there;            // bit r: row r is there
+  int32_t col_first[kAxes];
+  int32_t base;  // position of the first column in shared memory
+  int32_t cols[kAxes];
+  int32_t pairs;
+  int32_t first_pair;  // of its class, in the tables of fragments and columns
 
-  // The first lanes of the warp call it together, each for an axis of its own. `number` counts the CTA's tiles.
+  // `number` counts the CTA's tiles. One thread.
   __device__ void find(const Params& p, const Place& place, int32_t number) {
-    const int32_t a = threadIdx.x % 32;
-    if (a >= kAxes) return;
     uint32_t rest = static_cast<uint32_t>(number);
-    for (int32_t b = kAxes - 1; b > a; --b) rest /= static_cast<uint32_t>(p.tiling.axis[b].cta_tiles);
-    const AxisTiling& axis = p.tiling.axis[a];
-    const int32_t count = axis.cta_tiles;
-    const int32_t t = place.cta[a] * count + static_cast<int32_t>(rest % static_cast<uint32_t>(count));
-    span[a].rows = 0;
-    if (t < axis.tiles[0]) span[a] = p.spans[p.tiling.span_base[a] + place.which[a] * axis.tiles[0] + t];
-  }
-  __device__ bool exists() const { return span[0].rows > 0 && span[1].rows > 0 && span[2].rows > 0; }
-  __device__ int32_t klass(const Params& p) const {
-    const AxisTiling(&axis)[kAxes] = p.tiling.axis;
-    return (span[0].klass * axis[1].classes + span[1].klass) * axis[2].classes + span[2].klass;
-  }
-
-  __device__ Box columns() const {
-    return Box({span[0].col_first, span[1].col_first, span[2].col_first}, span[0].cols, span[1].cols, span[2].cols);
-  }
-
-  // Steps of row r, or of the last row there is, from the tile's first on every axis; returns whether row r is there.
-  __device__ bool row(const Params& p, int32_t r, int32_t (&step)[kAxes]) const {
-    bool there = true;
+    int32_t count = 1, klass = 0, classes = 1;
+    const int32_t pitch[kAxes] = {p.tiling.plane, p.tiling.pitch, 1};
+    there = ~0u;
+    base = 0;
 #pragma unroll
     for (int a = kAxes - 1; a >= 0; --a) {
-      const int32_t log_tile = p.tiling.axis[a].log_tile;
-      step[a] = r & ((1 << log_tile) - 1);
-      r >>= log_tile;
-      there &= step[a] < span[a].rows;
-      step[a] = step[a] < span[a].rows ? step[a] : span[a].rows - 1;
+      const AxisTiling& axis = p.tiling.axis[a];
+      const uint32_t tiles = static_cast<uint32_t>(axis.cta_tiles);
+      const int32_t t = place.cta[a] * axis.cta_tiles + static_cast<int32_t>(rest % tiles);
+      rest /= tiles;
+      TileSpan span{};
+      if (t < axis.tiles[0]) span = p.spans[p.tiling.span_base[a] + place.which[a] * axis.tiles[0] + t];
+      row_first[a] = span.row_first;
+      col_first[a] = span.col_first;
+      cols[a] = span.cols;
+      there &= span.there;
+      count *= span.cols;
+      klass += span.klass * classes;
+      classes *= axis.classes;
+      if (!p.tiling.streamed) base += (span.col_first - place.halo[a].first) * pitch[a];
     }
-    return there;
+    pairs = (count + kPairColumns - 1) / kPairColumns;
+    first_pair = klass * p.tiling.pairs;
   }
-
-  __device__ const float4* fragments(const Params& p, const Place& place) const {
-    return p.fragments + place.head * p.fragments_per_head + static_cast<int64_t>(klass(p)) * p.tiling.pairs * kPairFloat4 +
-           threadIdx.x % 32;
-  }
+  __device__ bool exists() const { return there != 0; }
+  __device__ bool has(int32_t r) const { return there >> r & 1; }
+  __device__ Box columns() const { return Box(col_first, cols[0], cols[1], cols[2]); }
 };
 
-// What a CTA keeps in shared memory before the halo.
+// What a CTA keeps in shared memory before the halo. Found once by a few threads: 64-bit products and quotients by numbers that
+// are not known at compile time would otherwise cost each warp more than a tile's products.
 struct CtaState {
   Place place;
-  Tile tile[kMaxWarps];
+  unsigned char* base[kMostTensors];  // of in-group index 0 on every axis
+  const float4* fragments;            // the head's
+  Tile tile[kMaxCtaTiles];
   uint32_t bad[kMaxWarps];  // bit n: tile n of the CTA, this warp's, has a result that is not finite
 
-  // Each warp calls it for itself.
-  __device__ const Tile& find_tile(const Params& p, int32_t number) {
-    Tile& own = tile[threadIdx.x / 32];
-    __syncwarp();
-    own.find(p, place, number);
-    __syncwarp();
-    return own;
+  // After the place is found, one warp.
+  __device__ void find_bases(const Params& p, int32_t count) {
+    const int32_t n = threadIdx.x % 32;
+    if (n == 0) fragments = p.fragments + place.head * p.fragments_per_head;
+    if (n >= count) return;
+    const Strides& bytes = p.tensor[n].bytes;
+    unsigned char* at = p.tensor[n].data + place.batch * bytes.batch + place.head * bytes.head;
+    for (int a = 0; a < kAxes; ++a) at += place.group[a] * bytes.group[a];
+    base[n] = at;
+  }
+  // This lane's, of a tile.
+  __device__ const float4* fragments_of(const Tile& tile) const {
+    return fragments + int64_t{tile.first_pair} * kPairFloat4 + threadIdx.x % 32;
+  }
+  // Row at in-group indices of a tensor.
+  __device__ unsigned char* at(const Params& p, int tensor, const int32_t (&i)[kAxes]) const {
+    unsigned char* sum = base[tensor];
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) sum += static_cast<uint32_t>(i[a]) * p.tensor[tensor].bytes.step[a];
+    return sum;
   }
 };
 
@@ -190,151 +225,26 @@ struct WarpState {
   int32_t first_bad, end_bad;  // the items whose results are not finite lie in [first_bad, end_bad)
 };
 
-// The two rows of a tile that a lane's accumulators belong to, lane / 4 and lane / 4 + 8.
+// The two rows of a tile that a lane's accumulators belong to, lane / 4 and lane / 4 + 8. Pointers to rows that are not there
+// may point anywhere.
 struct LaneRows {
-  int32_t first[kAxes];  // in-group indices of the tile's first row
-  int32_t step[2][kAxes];
+  int32_t index[kAxes];  // in-group, of the first
   bool there[2];
 
-  __device__ LaneRows(const Params& p, const Tile& tile)
-      : first{tile.span[0].row_first, tile.span[1].row_first, tile.span[2].row_first} {
-    const int32_t g = threadIdx.x % 32 / 4;
-    there[0] = tile.row(p, g, step[0]);
-    there[1] = tile.row(p, g + 8, step[1]);
-  }
-
-  // Element offset of the tile's first row in a view, and of a lane's row from there; the latter fits 32 bits (serves()).
-  __device__ int64_t base(const Params& p, const Place& place, const View& view) const { return place.offset(p, view, first); }
-  __device__ int32_t offset(const Params& p, const View& view, int half) const {
-    int32_t sum = 0;
+  __device__ LaneRows(const Params& p, const Tile& tile) {
+    const int32_t r = threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      sum += step[half][a] * (static_cast<int32_t>(p.op.axis[a].dilation) * static_cast<int32_t>(view.space[a]));
-    }
-    return sum;
+    for (int a = 0; a < kAxes; ++a) index[a] = tile.row_first[a] + p.tiling.axis[a].step_of(r);
+    there[0] = tile.has(r);
+    there[1] = tile.has(r + 8);
   }
-};
 
-// Rows of kDim 16-bit channels in shared memory. Position `at` holds its 16-byte unit u at u ^ swizzle(at): any 8 positions
-// that differ mod 8 then have their units u in different banks.
-template <int kDim>
-struct Staged {
-  static constexpr int kUnits = kDim / 8;
-  static constexpr int kSwap = kUnits < 8 ? kUnits - 1 : 7;  // largest power of two in kUnits, up to 8
-  static constexpr int kShift = kUnits >= 8 ? 0 : kUnits == 4 ? 1 : kUnits == 2 ? 2 : 3;  // log2(8 / kUnits)
-  static_assert((kUnits & (kUnits - 1)) == 0);
-
-  __device__ static int32_t offset(int32_t at, int32_t unit) {
-    return at * (kDim * 2) + ((unit ^ ((at >> kShift) & kSwap)) << 4);
-  }
-};
-
-// The 16-byte unit of every column's row that a thread copies, from two tensors, x to `shared`, y behind it.
-template <class T, int kDim>
-struct Copy {
-  const T *from_x, *from_y;
-  bool has_x, has_y;
-  unsigned char *to_x, *to_y;
-
-  static constexpr int kUnits = Staged<kDim>::kUnits;
-  static __device__ int32_t unit() { return threadIdx.x % kUnits; }
-
-  __device__ Copy(const Params& p, const View& x, int64_t x_channels, const View& y, int64_t y_channels, unsigned char* shared)
-      : has_x(unit() * 8 < x_channels),
-        has_y(unit() * 8 < y_channels),
-        to_x(shared),
-        to_y(shared + p.tiling.positions * (kDim * 2)) {
-    from_x = static_cast<const T*>(x.data) + (has_x ? unit() * 8 : 0);
-    from_y = static_cast<const T*>(y.data) + (has_y ? unit() * 8 : 0);
-  }
-  // x and y: offsets in the tensors.
-  __device__ void start(int64_t x, int64_t y, int32_t at) const {
-    const int32_t offset = Staged<kDim>::offset(at, unit());
-    ptx::cp_async_16(to_x + offset, from_x + x, has_x);
-    ptx::cp_async_16(to_y + offset, from_y + y, has_y);
-  }
-};
-
-// Starts copying the CTA's whole halo; the caller waits and synchronises. Warps take turns at lines of the halo where there are
-// enough of them, else all threads at the columns of each.
-template <class T, int kDim>
-__device__ void stage_halo(const Params& p, const Place& place, const View& x, int64_t x_channels, const View& y,
-                           int64_t y_channels, unsigned char* shared) {
-  constexpr int kUnits = Staged<kDim>::kUnits;
-  const Copy<T, kDim> copy(p, x, x_channels, y, y_channels, shared);
-  const int32_t planes = place.halo[0].count, lines = place.halo[1].count, columns = place.halo[2].count;
-  const bool by_warp = planes * lines >= p.tiling.warps;
-  const int32_t line_step = by_warp ? p.tiling.warps : 1;
-  const int32_t column_step = (by_warp ? 32 : blockDim.x) / kUnits;
-  const int32_t first_column = (by_warp ? threadIdx.x % 32 : threadIdx.x) / kUnits;
-  const Divider by_lines(lines);
-  const int32_t first[kAxes] = {place.halo[0].first, place.halo[1].first, place.halo[2].first};
-  const int64_t x_first = place.offset(p, x, first), y_first = place.offset(p, y, first);
-  const Axis(&axis)[kAxes] = p.op.axis;
-  const int64_t x_column = axis[2].dilation * x.space[2], y_column = axis[2].dilation * y.space[2];
-  for (int32_t n = by_warp ? threadIdx.x / 32 : 0; n < planes * lines; n += line_step) {
-    const int32_t plane = by_lines(n), line = n - plane * lines;
-    int64_t x_at = x_first + plane * (axis[0].dilation * x.space[0]) + line * (axis[1].dilation * x.space[1]);
-    int64_t y_at = y_first + plane * (axis[0].dilation * y.space[0]) + line * (axis[1].dilation * y.space[1]);
-    x_at += first_column * x_column;
-    y_at += first_column * y_column;
-    int32_t at = plane * p.tiling.plane + line * p.tiling.pitch + first_column;
-    for (int32_t column = first_column; column < columns; column += column_step) {
-      copy.start(x_at, y_at, at);
-      x_at += column_step * x_column;
-      y_at += column_step * y_column;
-      at += column_step;
-    }
-  }
-  ptx::cp_async_commit();
-}
-
-// Copies one chunk of a tile's columns, for tiles whose columns do not fit as a whole. One warp.
-template <class T, int kDim>
-__device__ void stage_chunk(const Params& p, const Place& place, const Tile& tile, int32_t first_pair, const View& x,
-                            int64_t x_channels, const View& y, int64_t y_channels, unsigned char* shared) {
-  constexpr int kUnits = Staged<kDim>::kUnits;
-  const Copy<T, kDim> copy(p, x, x_channels, y, y_channels, shared);
-  const Box box = tile.columns();
-  const int32_t begin = first_pair * kPairColumns;
-  const int32_t end = static_cast<int32_t>(min_of(begin + kChunkPairs * kPairColumns, box.count));
-  __syncwarp();
-  for (int32_t j = begin + threadIdx.x / kUnits; j < end; j += 32 / kUnits) {
-    int32_t i[kAxes];
-    box.unravel(j, i);
-    copy.start(place.offset(p, x, i), place.offset(p, y, i), j - begin);
-  }
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-  __syncwarp();
-}
-
-// Finds a tile's columns in shared memory, 16 at a time, for ldmatrix. Straight, columns are the product's n: registers 0, 1 are
-// the lower eight's channels 0-7 and 8-15, registers 2, 3 the upper eight's. Transposed, columns are its k: registers 0, 1 are
-// channels 0-7 of the lower and the upper eight, registers 2, 3 channels 8-15. Either way a lane gives the address of one row;
-// prepare_kernel has laid out the positions of both, relative to the tile's first column, in the halves of a word.
-struct Columns {
-  const uint32_t* table;  // this lane's, [pairs, 32]
-  int32_t base, pairs;
-
-  static __device__ int32_t straight_column(int32_t lane) { return lane / 16 * 8 + lane % 8; }
-  static __device__ int32_t transposed_column(int32_t lane) { return lane % 16; }
-
-  __device__ Columns(const Params& p, const Place& place, const Tile& tile)
-      : table(p.columns + static_cast<int64_t>(tile.klass(p)) * p.tiling.pairs * 32 + threadIdx.x % 32),
-        base(p.tiling.streamed ? 0
-                               : (tile.span[0].col_first - place.halo[0].first) * p.tiling.plane +
-                                     (tile.span[1].col_first - place.halo[1].first) * p.tiling.pitch + tile.span[2].col_first -
-                                     place.halo[2].first),
-        pairs((tile.span[0].cols * tile.span[1].cols * tile.span[2].cols + kPairColumns - 1) / kPairColumns) {}
-
-  // Offsets of this lane's rows in shared memory; those of further channels: xor with 32 per 16.
-  template <int kDim>
-  __device__ void find(int32_t pair, int32_t& straight, int32_t& transposed) const {
-    const uint32_t relative = ptx::load_4(table + pair * 32);
-    const int32_t lane = threadIdx.x % 32;
-    straight = Staged<kDim>::offset(base + static_cast<int32_t>(relative & 0xffff), lane / 8 % 2);
-    transposed = Staged<kDim>::offset(base + static_cast<int32_t>(relative >> 16), lane / 16);
+  // Element `channel` of both rows of a tensor.
+  template <class T>
+  __device__ void find(const Params& p, const CtaState& cta, int tensor, int32_t channel, T* (&row)[2]) const {
+    unsigned char* first = cta.at(p, tensor, index) + channel * static_cast<int32_t>(sizeof(T));
+    row[0] = reinterpret_cast<T*>(first);
+    row[1] = reinterpret_cast<T*>(first + p.tensor[tensor].bytes.eight);
   }
 };
 
@@ -382,18 +292,19 @@ __device__ __forceinline__ void start_from(float (&s)[2][4], const float4* fragm
   }
 }
 
-// A tile's rows as A operands; channels beyond `channels` are zeros.
+// A tile's rows as A operands; channels beyond `channels` and rows that are not there are zeros.
 template <class T, int kDim>
-__device__ void load_rows(uint32_t (&a)[kDim / 16][4], const Params& p, const Place& place, const LaneRows& rows,
-                          const View& view, int64_t channels) {
-  const T* first = static_cast<const T*>(view.data) + rows.base(p, place, view) + threadIdx.x % 4 * 2;
+__device__ void load_rows(uint32_t (&a)[kDim / 16][4], const Params& p, const CtaState& cta, const LaneRows& rows, int tensor,
+                          int64_t channels) {
+  const T* row[2];
+  rows.find(p, cta, tensor, threadIdx.x % 4 * 2, row);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const T* row = first + rows.offset(p, view, half);
+    const int32_t end = rows.there[half] ? static_cast<int32_t>(channels) : 0;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      a[k][half] = 16 * k < channels ? ptx::load_4(row + 16 * k) : 0;
-      a[k][half + 2] = 16 * k + 8 < channels ? ptx::load_4(row + 16 * k + 8) : 0;
+      a[k][half] = ptx::load_4(row[half] + 16 * k, 16 * k < end);
+      a[k][half + 2] = ptx::load_4(row[half] + 16 * k + 8, 16 * k + 8 < end);
     }
   }
 }
@@ -401,23 +312,22 @@ __device__ void load_rows(uint32_t (&a)[kDim / 16][4], const Params& p, const Pl
 // Rounds factor[row] * o to T and stores the tile's rows that are there. Neighboring lanes exchange halves, so that a quad
 // writes 32 bytes of a row at a time.
 template <class T, int kDim>
-__device__ void store_rows(const float (&o)[kDim / 8][4], const float (&factor)[2], const Params& p, const Place& place,
-                           const LaneRows& rows, const View& view, int64_t channels) {
+__device__ void store_rows(const float (&o)[kDim / 8][4], const float (&factor)[2], const Params& p, const CtaState& cta,
+                           const LaneRows& rows, int tensor, int64_t channels) {
   const int32_t t = threadIdx.x % 4;
   const bool odd = t % 2;
-  T* first = static_cast<T*>(view.data) + rows.base(p, place, view);
+  const int32_t channel = odd ? 8 + 2 * (t - 1) : 2 * t;
+  T* row[2];
+  rows.find(p, cta, tensor, channel, row);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* row = first + rows.offset(p, view, half);
+    const int32_t end = rows.there[half] ? static_cast<int32_t>(channels) - channel : 0;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       const uint32_t lower = ptx::pack<T>(o[2 * k][2 * half] * factor[half], o[2 * k][2 * half + 1] * factor[half]);
       const uint32_t upper = ptx::pack<T>(o[2 * k + 1][2 * half] * factor[half], o[2 * k + 1][2 * half + 1] * factor[half]);
       const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? lower : upper, 1);
-      const int32_t channel = 16 * k + (odd ? 8 + 2 * (t - 1) : 2 * t);
-      if (rows.there[half] && channel < channels) {
-        ptx::store_8(row + channel, odd ? uint2{other, upper} : uint2{lower, other});
-      }
+      if (16 * k < end) ptx::store_8(row[half] + 16 * k, odd ? uint2{other, upper} : uint2{lower, other});
     }
   }
 }
@@ -440,12 +350,11 @@ __device__ bool any_bad(const float (&o)[kCount][4], const LaneRows& rows) {
 template <class Redo>
 __device__ void redo_rows(const Params& p, const Place& place, const Tile& tile, Redo redo) {
   for (int32_t r = 0; r < kTileRows; ++r) {
-    int32_t step[kAxes];
-    if (!tile.row(p, r, step)) continue;
-    redo(Row{place.batch,
-             place.head,
-             {place.position(p, 0, tile.span[0].row_first + step[0]), place.position(p, 1, tile.span[1].row_first + step[1]),
-              place.position(p, 2, tile.span[2].row_first + step[2])}});
+    if (!tile.has(r)) continue;
+    Row row{place.batch, place.head, {}};
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) row.position[a] = place.position(p, a, tile.row_first[a] + p.tiling.axis[a].step_of(r));
+    redo(row);
   }
 }
 

@@ -10,7 +10,7 @@
 // One thread per float4, word, span or halo.
 #pragma once
 
-#include "cuda/local_attention_mma.cuh"
+#include "cuda/local_attention_mma_columns.cuh"
 
 namespace natrpb::cuda::mma {
 
@@ -52,8 +52,7 @@ __device__ __forceinline__ float fragment_value(const Preparation& p, const Clas
   int32_t at[kAxes], column[kAxes];
 #pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
-    at[a] = r & ((1 << p.tiling.axis[a].log_tile) - 1);
-    r >>= p.tiling.axis[a].log_tile;
+    at[a] = p.tiling.axis[a].step_of(r);
     if (at[a] >= tile.span[a].rows) return -INFINITY;
     column[a] = a > 0 ? j % tile.span[a].cols : j;
     j /= tile.span[a].cols;
@@ -99,8 +98,8 @@ __global__ void prepare_kernel(const __grid_constant__ Preparation p) {
     const int32_t lane = index % 32, first = static_cast<int32_t>(index / 32 % p.tiling.pairs) * kPairColumns;
     const ClassTile tile(p.tiling, static_cast<int32_t>(index / 32 / p.tiling.pairs));
     if (!tile.exists) return;
-    p.columns[index] = column_position(p.tiling, tile, first + Columns::straight_column(lane)) |
-                       column_position(p.tiling, tile, first + Columns::transposed_column(lane)) << 16;
+    p.columns[index] = column_position(p.tiling, tile, first + straight_column(lane)) |
+                       column_position(p.tiling, tile, first + transposed_column(lane)) << 16;
     return;
   }
   index -= words;
@@ -109,7 +108,9 @@ __global__ void prepare_kernel(const __grid_constant__ Preparation p) {
     const AxisTiling& axis = p.tiling.axis[a];
     const int64_t at = index - p.tiling.span_base[a];
     if (0 <= at && at < axis.lengths * axis.tiles[0]) {
-      p.spans[index] = axis.span_of(static_cast<int32_t>(at / axis.tiles[0]), static_cast<int32_t>(at % axis.tiles[0]));
+      TileSpan span = axis.span_of(static_cast<int32_t>(at / axis.tiles[0]), static_cast<int32_t>(at % axis.tiles[0]));
+      for (int32_t r = 0; r < kTileRows; ++r) span.there |= static_cast<uint32_t>(axis.step_of(r) < span.rows) << r;
+      p.spans[index] = span;
     }
   }
   index -= p.tiling.spans;

@@ -7,11 +7,11 @@
 // the batch innermost. Each of its warps owns one tile of 16 queries and keeps the sums of ds over items in the accumulator's
 // own order: in registers for up to 112 keys, else in memory that is the warp's alone. Only where the tile's class changes are
 // they gathered into the warp's own bias table, so there are no atomics and the order of every sum is fixed by the shapes.
-// Each warp's table goes to p.partials; a reduction adds them up. Bytes: query, key, value, out, dout, lse in, dquery, delta out
+// Each warp's table goes to p.partials; a reduction adds them up. Bytes: query, key, value, out, dout, lse in, dquery, stats out
 // once from DRAM; keys and values halo / tile times from L2.
 #pragma once
 
-#include "cuda/local_attention_mma.cuh"
+#include "cuda/local_attention_mma_columns.cuh"
 
 namespace natrpb::cuda::mma {
 
@@ -27,15 +27,14 @@ __device__ __attribute__((noinline)) static void gather_table(const Params& p, c
     const int32_t e[kAxes] = {line / extent[1], line % extent[1], entry % extent[2]};
     float sum = 0.0f;
     for (int32_t r = 0; r < kTileRows; ++r) {
-      int32_t step[kAxes];
-      bool seen = tile.row(p, r, step);
+      bool seen = tile.has(r);
       int32_t j = 0;
 #pragma unroll
       for (int a = 0; a < kAxes; ++a) {
-        const int32_t column =
-            tile.span[a].row_first + step[a] + e[a] - static_cast<int32_t>(axis[a].kernel_size - 1) - tile.span[a].col_first;
-        seen &= 0 <= column && column < tile.span[a].cols;
-        j = j * tile.span[a].cols + column;
+        const int32_t column = tile.row_first[a] + p.tiling.axis[a].step_of(r) + e[a] -
+                               static_cast<int32_t>(axis[a].kernel_size - 1) - tile.col_first[a];
+        seen &= 0 <= column && column < tile.cols[a];
+        j = j * tile.cols[a] + column;
       }
       // sums[pair][half][lane][element], see ptx.cuh for an accumulator's layout; what row r does not see is 0 there
       if (seen) sum += sums[((j / 8 * 32) + r % 8 * 4 + j % 8 / 2) * 4 + r / 8 * 2 + j % 2];
@@ -55,12 +54,12 @@ __device__ __attribute__((noinline)) void redo_query(const Params& p, WarpState&
   find_place(p, state.place, state.head, item);
   __syncwarp();
   Tile& tile = state.tile;
-  tile.find(p, state.place, threadIdx.x / 32);
+  if (threadIdx.x % 32 == 0) tile.find(p, state.place, threadIdx.x / 32);
   __syncwarp();
   if (!tile.exists()) return;
   redo_rows(p, state.place, tile, [&](const Row& row) {
-    float* delta = p.delta + (row.batch * p.op.heads + row.head) * positions_of(p.op) + flat_position(p.op, row.position);
-    backward_query_row<T, kVector<T>>(p.op, row, delta, nullptr);
+    float2* stats = p.stats + (row.batch * p.op.heads + row.head) * positions_of(p.op) + flat_position(p.op, row.position);
+    backward_query_row<T, kVector<T>>(p.op, row, &stats->y, nullptr);
   });
 }
 
@@ -95,44 +94,52 @@ struct Sums<false> {
 
 // Returns whether the tile's results are finite.
 template <class T, int kDim, bool kInRegisters>
-__device__ bool query_tile(const Params& p, const Place& place, const Tile& tile, unsigned char* shared,
+__device__ bool query_tile(const Params& p, const CtaState& cta, const Tile& tile, unsigned char* shared,
                            Sums<kInRegisters>& sums) {
+  namespace tensor = query_tensor;
   const unsigned char* keys = shared;
   const unsigned char* values = shared + p.tiling.positions * (kDim * 2);
   const float scale = static_cast<float>(p.op.scale) * kLog2E;
-  const Columns columns(p, place, tile);
-  const float4* fragments = tile.fragments(p, place);
+  const Columns<kDim> columns(p, tile);
+  const float4* fragments = cta.fragments_of(tile);
+  const int32_t pairs = tile.pairs;
 
   uint32_t query[kDim / 16][4], dout[kDim / 16][4];
   float lse[2], delta[2] = {0.0f, 0.0f};
   {
     const LaneRows rows(p, tile);
-    load_rows<T, kDim>(query, p, place, rows, p.op.query, p.op.head_dim);
-    load_rows<T, kDim>(dout, p, place, rows, p.op.dout, p.op.value_dim);
-    uint32_t out[kDim / 16][4];
-    load_rows<T, kDim>(out, p, place, rows, p.op.out, p.op.value_dim);
+    const float* given[2];
+    float dlse[2] = {0.0f, 0.0f};
+    if (p.op.dlse.data) {
+      rows.find(p, cta, tensor::kDlse, 0, given);
 #pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
+      for (int half = 0; half < 2; ++half) dlse[half] = __uint_as_float(ptx::load_4(given[half], rows.there[half]));
+    }
+    rows.find(p, cta, tensor::kLse, 0, given);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = ptx::unpack<T>(dout[k][i]), y = ptx::unpack<T>(out[k][i]);
-        delta[i % 2] += x.x * y.x + x.y * y.y;
+    for (int half = 0; half < 2; ++half) lse[half] = __uint_as_float(ptx::load_4(given[half], rows.there[half])) * kLog2E;
+    load_rows<T, kDim>(dout, p, cta, rows, tensor::kDout, p.op.value_dim);
+    {
+      uint32_t out[kDim / 16][4];
+      load_rows<T, kDim>(out, p, cta, rows, tensor::kOut, p.op.value_dim);
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 x = ptx::unpack<T>(dout[k][i]), y = ptx::unpack<T>(out[k][i]);
+          delta[i % 2] += x.x * y.x + x.y * y.y;
+        }
       }
     }
 #pragma unroll
+    for (int half = 0; half < 2; ++half) delta[half] = quad_sum(delta[half]) - dlse[half];
+    load_rows<T, kDim>(query, p, cta, rows, tensor::kQuery, p.op.head_dim);
+    uint2* stats[2];
+    rows.find(p, cta, tensor::kStats, 0, stats);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      delta[half] = quad_sum(delta[half]);
-      if (p.op.dlse.data) {
-        delta[half] -=
-            static_cast<const float*>(p.op.dlse.data)[rows.base(p, place, p.op.dlse) + rows.offset(p, p.op.dlse, half)];
-      }
-      lse[half] =
-          static_cast<const float*>(p.op.lse.data)[rows.base(p, place, p.op.lse) + rows.offset(p, p.op.lse, half)] * kLog2E;
-      if (threadIdx.x % 4 == 0 && rows.there[half]) {
-        const int64_t at = rows.base(p, place, p.stats) + rows.offset(p, p.stats, half);
-        p.lse[at] = lse[half];
-        p.delta[at] = delta[half];
-      }
+      if (threadIdx.x % 4 != 0 || !rows.there[half]) continue;
+      ptx::store_8(stats[half], {__float_as_uint(lse[half]), __float_as_uint(delta[half])});
     }
   }
 
@@ -149,8 +156,8 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
         dp[n][e] = -delta[e / 2];
       }
     }
-    int32_t straight, transposed;
-    columns.find<kDim>(pair, straight, transposed);
+    const uint32_t found = columns.find(pair);
+    const int32_t straight = columns.straight(found), transposed = columns.transposed(found);
     multiply_straight<T, kDim>(s, query, keys, straight);
     multiply_straight<T, kDim>(dp, dout, values, straight);
 #pragma unroll
@@ -167,24 +174,24 @@ __device__ bool query_tile(const Params& p, const Place& place, const Tile& tile
     to_operand<T>(ds, s);
     multiply_transposed<T, kDim>(dquery, ds, keys, transposed);
   };
-  for (int32_t first = 0; first < columns.pairs; first += kChunkPairs) {
+  for (int32_t first = 0; first < pairs; first += kChunkPairs) {
     if (p.tiling.streamed) {
-      stage_chunk<T, kDim>(p, place, tile, first, p.op.key, p.op.head_dim, p.op.value, p.op.value_dim, shared);
+      stage_chunk<kDim>(p, cta, tile, first, p.op.head_dim, p.op.value_dim, shared);
     }
     if constexpr (kInRegisters) {
 #pragma unroll
       for (int i = 0; i < kChunkPairs; ++i) {
-        if (i < columns.pairs) add_pair(i, i);
+        if (i < pairs) add_pair(i, i);
       }
     } else {
-      for (int32_t pair = first; pair < min_of(first + kChunkPairs, columns.pairs); ++pair) add_pair(pair, 0);
+      for (int32_t pair = first; pair < min_of(first + kChunkPairs, pairs); ++pair) add_pair(pair, 0);
     }
   }
 
   const LaneRows rows(p, tile);  // found anew: registers are scarce above
   if (any_bad(dquery, rows)) return false;
   const float factor = static_cast<float>(p.op.scale);
-  store_rows<T, kDim>(dquery, {factor, factor}, p, place, rows, p.op.dquery, p.op.head_dim);
+  store_rows<T, kDim>(dquery, {factor, factor}, p, cta, rows, tensor::kDquery, p.op.head_dim);
   return true;
 }
 
@@ -245,11 +252,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
     const int32_t batch = item % static_cast<int32_t>(p.op.batch);
     const bool moves = first || batch == 0;  // to another CTA tile
     __syncthreads();                         // everyone is done with the item before
-    if (threadIdx.x < 32 && moves) find_place(p, place, state.head, item);
-    if (threadIdx.x == 0 && !moves) place.batch = batch;
+    if (threadIdx.x < 32) {
+      if (moves) find_place(p, place, state.head, item);
+      if (threadIdx.x == 0 && !moves) place.batch = batch;
+      __syncwarp();
+      cta.find_bases(p, query_tensor::kCount);
+    }
     __syncthreads();
-    const Tile& tile = moves ? cta.find_tile(p, threadIdx.x / 32) : cta.tile[threadIdx.x / 32];
-    return tile.exists() ? tile.klass(p) : -1;
+    Tile& tile = cta.tile[threadIdx.x / 32];
+    if (moves) {
+      if (threadIdx.x % 32 == 0) tile.find(p, place, threadIdx.x / 32);
+      __syncwarp();
+    }
+    return tile.exists() ? tile.first_pair : -1;
   };
   int32_t next = enter(item, true);  // class of the warp's tile, -1: it has none
   while (item < state.end) {
@@ -258,7 +273,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
     int32_t klass = -1;  // of the tile whose ds the sums hold; -1: none
     do {
       if (!p.tiling.streamed) {
-        stage_halo<T, kDim>(p, place, p.op.key, p.op.head_dim, p.op.value, p.op.value_dim, shared);
+        stage_halo<kDim>(p, cta, p.op.head_dim, p.op.value_dim, shared);
       }
       if (next >= 0) {
         klass = next;
@@ -270,7 +285,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
       }
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (next >= 0 && !query_tile<T, kDim, kInRegisters>(p, place, state.tile, shared, sums) && threadIdx.x % 32 == 0) {
+      if (next >= 0 && !query_tile<T, kDim, kInRegisters>(p, cta, state.tile, shared, sums) && threadIdx.x % 32 == 0) {
         if (state.first_bad == state.end) state.first_bad = item;
         state.end_bad = item + 1;
       }

@@ -104,9 +104,10 @@ __device__ __forceinline__ void backward_query_row(const LocalAttentionParams& p
   }
 }
 
-// dkey and dvalue of one key. delta [B, h, *] contiguous, as backward_query_row wrote it.
+// dkey and dvalue of one key. delta [B, h, *] as backward_query_row wrote it, `delta_step` numbers apart.
 template <class T, int V>
-__device__ __forceinline__ void backward_key_row(const LocalAttentionParams& params, const Row& row, const Compute<T>* delta) {
+__device__ __forceinline__ void backward_key_row(const LocalAttentionParams& params, const Row& row, const Compute<T>* delta,
+                                                 int delta_step) {
   using Acc = Compute<T>;
   const int head_dim = static_cast<int>(params.head_dim), value_dim = static_cast<int>(params.value_dim);
   int32_t first[kAxes] = {row.position[0], row.position[1], row.position[2]};
@@ -120,7 +121,7 @@ __device__ __forceinline__ void backward_key_row(const LocalAttentionParams& par
   if (bias) bias += row.head * table_entries(params);
   const Acc scale = static_cast<Acc>(params.scale);
   // delta[(b * h + head) * N + flat position]
-  delta += (int64_t{row.batch} * params.heads + row.head) * positions_of(params) + flat_position(params, first);
+  delta += delta_step * ((int64_t{row.batch} * params.heads + row.head) * positions_of(params) + flat_position(params, first));
 
   const int channels = head_dim > value_dim ? head_dim : value_dim;
   for (int part = 0; part == 0 || part < channels; part += kChannels) {
@@ -135,7 +136,7 @@ __device__ __forceinline__ void backward_key_row(const LocalAttentionParams& par
       if (member.valid) {
         if (bias) score += bias[bias_entry<Side::kQueriesOfKey>(params, queries, member)];
         weight = std::exp(score - lse[offset_of(params.lse, member)]);
-        dscore = weight * (dweight - delta[flat_position(params, member.step)]);
+        dscore = weight * (dweight - delta[delta_step * flat_position(params, member.step)]);
       }
       add_rows<V>(dscore, query + part, query_offset, member.valid_lanes, head_dim - part, dkey_sum);
       add_rows<V>(weight, dout + part, dout_offset, member.valid_lanes, value_dim - part, dvalue_sum);

@@ -52,7 +52,7 @@ template <class T, int V>
 struct BackwardKeyRow {
   using Acc = Compute<T>;
   static __device__ __forceinline__ void run(const LocalAttentionParams& params, const Row& row) {
-    backward_key_row<T, V>(params, row, static_cast<const Acc*>(params.workspace));
+    backward_key_row<T, V>(params, row, static_cast<const Acc*>(params.workspace), 1);
   }
 };
 template <class T, int V>

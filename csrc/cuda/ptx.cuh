@@ -82,21 +82,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-// The _x2 forms ignore the addresses of lanes 16 to 31.
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
-
 // c += a b of a 16x16 and a 16x8 matrix of T (__half or __nv_bfloat16), summed in fp32. All 32 lanes call it together.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -139,17 +124,8 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
   }
 }
 
-// 16 aligned bytes of global memory that nothing writes while the kernel runs, passing L1 by.
+// 16 aligned bytes of global memory that nothing writes while the kernel runs.
 __device__ __forceinline__ uint4 load_16(const void* global) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(__cvta_generic_to_global(global)));
-  return v;
-}
-
-// The same, kept in L1.
-__device__ __forceinline__ uint4 load_16_cached(const void* global) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -157,14 +133,29 @@ __device__ __forceinline__ uint4 load_16_cached(const void* global) {
   return v;
 }
 
-// 4 bytes, likewise.
-__device__ __forceinline__ uint32_t load_4(const void* global) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(global)));
+// 8 bytes, likewise.
+__device__ __forceinline__ uint2 load_8(const void* global) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(global)));
   return v;
 }
 
-// load_16_cached as four floats.
+// 4 bytes, likewise; 0 where !valid, and then `global` is not read.
+__device__ __forceinline__ uint32_t load_4(const void* global, bool valid = true) {
+  uint32_t v;
+  asm volatile(
+      "{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.u32 valid, %2, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "@valid ld.global.nc.u32 %0, [%1];\n"
+      "}"
+      : "=&r"(v)
+      : "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid)));
+  return v;
+}
+
+// load_16 as four floats.
 __device__ __forceinline__ float4 load_f4(const void* global) {
   float4 v;
   asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -201,11 +201,14 @@ Tiling make_tiling(const LocalAttentionParams& params, bool transposed, int chan
   int32_t log_tile[kAxes];
   choose_tile(params, log_tile);
   int64_t cols = 1;
+  int32_t row_shift = 0;
   tiling.classes = 1;
-  for (int a = 0; a < kAxes; ++a) {
+  for (int a = kAxes - 1; a >= 0; --a) {
     AxisTiling& axis = tiling.axis[a];
     axis.axis = params.axis[a];
     axis.transposed = transposed;
+    axis.row_shift = row_shift;
+    row_shift += log_tile[a];
     cut_axis(axis, log_tile[a]);
     cols *= axis.cols;
     tiling.classes *= axis.classes;

@@ -24,7 +24,8 @@ struct alignas(16) TileSpan {
   int32_t row_first, rows;  // rows == 0: no such tile in this group
   int32_t col_first, cols;
   int32_t klass;
-  int32_t unused[3];
+  uint32_t there;  // bit r: row r of the 16 is one of these, as far as this axis goes; prepare_kernel fills it in
+  int32_t unused[2];
 };
 
 // The columns that a CTA's tiles see on one axis.
@@ -35,9 +36,10 @@ struct HaloSpan {
 struct AxisTiling {
   Axis axis;
   bool transposed = false;
-  int32_t log_tile = 0;  // a tile has 2^log_tile rows
-  int32_t end_rows = 0;  // rows at either end that are tiled by themselves; 0: none
-  int32_t lengths = 1;   // distinct group lengths, the longer first
+  int32_t log_tile = 0;   // a tile has 2^log_tile rows
+  int32_t row_shift = 0;  // its row r is step_of(r) rows from its first on this axis
+  int32_t end_rows = 0;   // rows at either end that are tiled by themselves; 0: none
+  int32_t lengths = 1;    // distinct group lengths, the longer first
   int32_t length[2] = {1, 1};
   int32_t tiles[2] = {1, 1};
   int32_t head[2] = {1, 1};  // tiles at the start with a class of their own
@@ -51,6 +53,7 @@ struct AxisTiling {
   int32_t halo = 1;        // columns of the widest CTA
 
   NATRPB_HD int32_t tile() const { return 1 << log_tile; }
+  NATRPB_HD int32_t step_of(int32_t r) const { return r >> row_shift & (tile() - 1); }
   NATRPB_HD int32_t groups() const { return static_cast<int32_t>(axis.groups()); }
   // Which of the two lengths a group has.
   NATRPB_HD int32_t length_of(int32_t group) const { return lengths == 2 && group >= axis.length % axis.dilation ? 1 : 0; }
@@ -110,9 +113,9 @@ struct AxisTiling {
   }
 
   NATRPB_HD TileSpan span_of(int32_t which, int32_t t) const {
-    if (t >= tiles[which]) return {0, 0, 0, 0, 0, {}};
+    if (t >= tiles[which]) return {};
     const Interval rows = rows_of(t, length[which]);
-    if (rows.count() <= 0) return {0, 0, 0, 0, 0, {}};
+    if (rows.count() <= 0) return {};
     const int64_t first = cols_of(rows.first, length[which]).first;
     const int64_t last = cols_of(rows.last, length[which]).last;
     return {static_cast<int32_t>(rows.first),
@@ -120,6 +123,7 @@ struct AxisTiling {
             static_cast<int32_t>(first),
             static_cast<int32_t>(last - first + 1),
             class_of(which, t),
+            0,
             {}};
   }
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ void load(const T* p, Compute<T> (&x)[V]) {
   if constexpr (V == 1) {
     stored[0] = *p;
   } else {
-    const uint4 bits = ptx::load_16_cached(p);
+    const uint4 bits = ptx::load_16(p);
     memcpy(static_cast<void*>(stored), &bits, sizeof bits);
   }
 #pragma unroll

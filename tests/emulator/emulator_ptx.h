@@ -19,7 +19,7 @@ struct Mma {
   const uint32_t* a;  // [4]
   const uint32_t* b;  // [2]
 };
-extern const Collective kLdmatrixX4, kLdmatrixX4Trans, kLdmatrixX2, kLdmatrixX2Trans, kMmaHalf, kMmaBfloat16;
+extern const Collective kLdmatrixX4, kLdmatrixX4Trans, kMmaHalf, kMmaBfloat16;
 
 // Each lane reads the row that it names, so that a data race is reported for the lane that gave the address.
 template <int N>
@@ -76,12 +76,6 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, Site site = {_
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, Site site = {__builtin_FILE(), __builtin_LINE()}) {
   emulator::ldmatrix(emulator::kLdmatrixX4Trans, r, shared_row, site);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row, Site site = {__builtin_FILE(), __builtin_LINE()}) {
-  emulator::ldmatrix(emulator::kLdmatrixX2, r, shared_row, site);
-}
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row, Site site = {__builtin_FILE(), __builtin_LINE()}) {
-  emulator::ldmatrix(emulator::kLdmatrixX2Trans, r, shared_row, site);
-}
 
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -119,14 +113,14 @@ inline uint4 load_16(const void* global, Site site = {__builtin_FILE(), __builti
   return *static_cast<const uint4*>(global);
 }
 
-inline uint4 load_16_cached(const void* global, Site site = {__builtin_FILE(), __builtin_LINE()}) {
-  emulator::check_aligned(global, 16, "load_16_cached", site);
-  return *static_cast<const uint4*>(global);
+inline uint2 load_8(const void* global, Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  emulator::check_aligned(global, 8, "load_8", site);
+  return *static_cast<const uint2*>(global);
 }
 
-inline uint32_t load_4(const void* global, Site site = {__builtin_FILE(), __builtin_LINE()}) {
+inline uint32_t load_4(const void* global, bool valid = true, Site site = {__builtin_FILE(), __builtin_LINE()}) {
   emulator::check_aligned(global, 4, "load_4", site);
-  return *static_cast<const uint32_t*>(global);
+  return valid ? *static_cast<const uint32_t*>(global) : 0;
 }
 
 inline float4 load_f4(const void* global, Site site = {__builtin_FILE(), __builtin_LINE()}) {
