@@ -96,7 +96,7 @@ __device__ __forceinline__ void stage_rows(const RowRange<T>& rows, int64_t firs
   if (vectors) {
 #pragma unroll 2
     for (; c < end; c += kRowThreads * kVector<T>) {
-      put(c, there && c < count ? ptx::load_16_cached(from + c) : uint4{0, 0, 0, 0});
+      put(c, there && c < count ? ptx::load_16(from + c) : uint4{0, 0, 0, 0});
     }
   } else {
 #pragma unroll 1

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
     const RowsView& result = kBackward ? params.dx : params.out;
     T* to = static_cast<T*>(result.data) + result.offset(batch, head, row);
 
-    Acc v[V], dv[V], square = 0, product = 0;
+    Acc v[V] = {}, dv[V] = {}, square = 0, product = 0;
     for (int c = lane * V; c < channels; c += step) {
       load<V>(x + c, v);
       if constexpr (kBackward) load<V>(dout + c, dv);

@@ -247,7 +247,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kDim <= 32   ? kBackwardBlocks
     state.end = static_cast<int32_t>(items * (blockIdx.x % p.runs + 1) / p.runs);
     state.first_bad = state.end_bad = state.end;
   }
-  __syncwarp();
   auto enter = [&](int32_t item, bool first) {
     const int32_t batch = item % static_cast<int32_t>(p.op.batch);
     const bool moves = first || batch == 0;  // to another CTA tile

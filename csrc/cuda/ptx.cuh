@@ -82,6 +82,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
+// Two matrices; the addresses of lanes 16 to 31 are ignored.
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
 // c += a b of a 16x16 and a 16x8 matrix of T (__half or __nv_bfloat16), summed in fp32. All 32 lanes call it together.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

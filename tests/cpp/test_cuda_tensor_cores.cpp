@@ -160,6 +160,9 @@ void test_poisons() {
   }
 }
 
+// More maps than the query pass starts CTAs for: each takes several, one after the other, in the same shared memory.
+std::vector<Case> many_maps() { return {{"many maps", {kOne, kOne, neighborhood(32, 3)}, 400, 2, 8, 8, true}}; }
+
 // The shapes above are served by the kernels under test, and interior tiles read shared memory without bank conflicts.
 void test_counters() {
   emulator::reset_counters();
@@ -190,6 +193,7 @@ int main() {
   setenv("NATRPB_EMULATOR_SHARED", "101376", 1);
   test_dtype<Cuda, DType::kBFloat16>(wide_cases(), {Layout::kHeadsLast});
   unsetenv("NATRPB_EMULATOR_SHARED");
+  test_dtype<Cuda, DType::kBFloat16>(many_maps(), {Layout::kHeadsLast});
   test_poisons();
   test_counters();
   return finish("cuda tensor cores");

@@ -239,26 +239,28 @@ void test_gemm(const char* name) {
 }
 
 // Fragments of ldmatrix as the PTX ISA draws them; matrix m, row r, column c holds 100 m + 10 r + c.
-__global__ void load_fragments(uint32_t* out) {  // out [2, 32, 4]
+__global__ void load_fragments(uint32_t* out) {  // out [3, 32, 4]
   uint16_t* matrices = shared_memory<uint16_t>();
   const int lane = threadIdx.x;
   for (int i = lane; i < 4 * 64; i += 32) matrices[i] = static_cast<uint16_t>(i / 64 * 100 + i % 64 / 8 * 10 + i % 8);
   __syncwarp();
-  uint32_t straight[4], transposed[4];
+  uint32_t straight[4], transposed[4], two[2];
   ptx::ldmatrix_x4(straight, matrices + 8 * lane);
   ptx::ldmatrix_x4_trans(transposed, matrices + 8 * lane);
+  ptx::ldmatrix_x2(two, lane < 16 ? matrices + 8 * lane : nullptr);
   for (int i = 0; i < 4; ++i) {
     out[lane * 4 + i] = straight[i];
     out[(32 + lane) * 4 + i] = transposed[i];
+    if (i < 2) out[(64 + lane) * 4 + i] = two[i];
   }
 }
 
 void test_fragments() {
-  std::vector<uint32_t> out(2 * 32 * 4);
+  std::vector<uint32_t> out(3 * 32 * 4);
   run("load_fragments", load_fragments, dim3(1), 32, 4 * 64 * 2, out.data());
-  for (int form = 0; form < 2; ++form) {
+  for (int form = 0; form < 3; ++form) {
     for (int lane = 0; lane < 32; ++lane) {
-      for (int m = 0; m < 4; ++m) {
+      for (int m = 0; m < (form < 2 ? 4 : 2); ++m) {
         const bool transposed = form == 1;
         const int row = lane / 4, column = lane % 4 * 2;
         const uint32_t low = 100 * m + (transposed ? 10 * column + row : 10 * row + column);

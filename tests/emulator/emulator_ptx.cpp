@@ -123,6 +123,7 @@ void load_matrices(void* const (&operands)[kWarpSize], uint32_t) {
 
 const Collective kLdmatrixX4{"ldmatrix_x4", load_matrices<4, false>};
 const Collective kLdmatrixX4Trans{"ldmatrix_x4_trans", load_matrices<4, true>};
+const Collective kLdmatrixX2{"ldmatrix_x2", load_matrices<2, false>};
 const Collective kMmaHalf{"mma_16816<__half>", mma<HalfBits>};
 const Collective kMmaBfloat16{"mma_16816<__nv_bfloat16>", mma<BfloatBits>};
 

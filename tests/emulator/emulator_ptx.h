@@ -19,7 +19,7 @@ struct Mma {
   const uint32_t* a;  // [4]
   const uint32_t* b;  // [2]
 };
-extern const Collective kLdmatrixX4, kLdmatrixX4Trans, kMmaHalf, kMmaBfloat16;
+extern const Collective kLdmatrixX4, kLdmatrixX4Trans, kLdmatrixX2, kMmaHalf, kMmaBfloat16;
 
 // Each lane reads the row that it names, so that a data race is reported for the lane that gave the address.
 template <int N>
@@ -75,6 +75,9 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, Site site = {_
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, Site site = {__builtin_FILE(), __builtin_LINE()}) {
   emulator::ldmatrix(emulator::kLdmatrixX4Trans, r, shared_row, site);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row, Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  emulator::ldmatrix(emulator::kLdmatrixX2, r, shared_row, site);
 }
 
 template <class T>
