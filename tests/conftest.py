@@ -3,7 +3,6 @@ ops run: the CPU kernels, the emulator, or a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import torch
 import torch.utils.deterministic
 from hypothesis import settings
+
+from .torchvision_operators import define_torchvision_operators
 
 settings.register_profile("natrpb", derandomize=True, deadline=None, database=None)
 settings.load_profile("natrpb")
@@ -80,26 +81,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"not emulated: {marker.args[0]}"))
 
 
-def _define_torchvision_operators() -> torch.library.Library | None:
-    """Lets a torchvision built for CUDA be imported beside a CPU torch, where its operator library cannot load.
-
-    Importing timm needs torchvision's Python part only, but that part insists on two operators being defined.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        return None
-    try:
-        for path in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(path)
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
-
-
-_torchvision_operators = _define_torchvision_operators()  # kept: definitions die with their library object
+define_torchvision_operators()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +17,8 @@ from .cases import CASES
 
 COMPILED = bool(getattr(natrpb, "info", dict)().get("compiled", False))
 needs_compiled = pytest.mark.skipif(not COMPILED, reason="natrpb was built without its compiled ops")
+
+ON_CUDA_KERNELS = "NATRPB_LIBRARY" in os.environ or torch.get_default_device().type == "cuda"
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,3 +69,16 @@ def at_most_twice_the_error(name: str, ours: Tensor, plain: Tensor, exact: Tenso
         floor = 1 if ours.dtype.itemsize == 2 else 8
     allowed += floor * torch.finfo(ours.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def run_with_isa(isa: str, script: str) -> str:
+    """What a Python process prints whose kernels use `isa`; the choice is made once per process."""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"NATRPB_ISA": isa},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +9,7 @@ import natrpb
 from natrpb import ops
 
 from .cases import CASES, Case
-from .support import COMPILED, needs_compiled
+from .support import COMPILED, needs_compiled, run_with_isa
 
 pytestmark = needs_compiled
 
@@ -105,19 +100,6 @@ EVERY_OTHER = CASES[1::2]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def run(isa: str, script: str) -> str:
-    """What a Python process prints whose kernels use `isa`; the choice is made once per process."""
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"NATRPB_ISA": isa},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
-
-
 def save_results(path: str) -> None:
     """Writes the results of many cases in all dtypes, for comparison with another process."""
     torch.save([bits(case, dtype) for dtype in TOLERANCE for case in EVERY_OTHER], path)
@@ -130,7 +112,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_p
     if isa == natrpb.info()["isa"]:
         pytest.skip("the instruction set of this very process")
     path = tmp_path / "results.pt"
-    assert run(isa, f"from tests.test_determinism import save_results as s; s({str(path)!r})") == ""
+    assert run_with_isa(isa, f"from tests.test_determinism import save_results as s; s({str(path)!r})") == ""
     theirs = iter(torch.load(path))
     for dtype, tolerance in TOLERANCE.items():
         for case in EVERY_OTHER:
@@ -145,10 +127,10 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_p
 @cpu_only
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_instruction_set_is_chosen_by_the_environment(isa):
-    assert run(isa, "import natrpb; print(natrpb.info()['isa'])") == isa
+    assert run_with_isa(isa, "import natrpb; print(natrpb.info()['isa'])") == isa
 
 
 @cpu_only
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="natrpb was built without its compiled ops")
 def test_unknown_instruction_set_in_the_environment_is_passed_over():
-    assert run("no-such-set", "import natrpb; print(natrpb.info()['isa'])") in INSTRUCTION_SETS
+    assert run_with_isa("no-such-set", "import natrpb; print(natrpb.info()['isa'])") in INSTRUCTION_SETS

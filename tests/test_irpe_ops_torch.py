@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +11,7 @@ import natrpb
 from natrpb import ops, reference_irpe
 
 from .irpe_cases import CASES, LARGE, SMALL, IrpeCase, IrpeInputs
-from .support import COMPILED, close, dtype_id, needs_compiled
+from .support import COMPILED, close, dtype_id, needs_compiled, run_with_isa
 
 MEDIUM = IrpeCase(19, 21, "kqtv", 11, padding=True, mask=True, batch=3, heads=2)
 
@@ -236,14 +231,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same_results(isa, tmp_p
         pytest.skip("the instruction set of this very process")
     path = tmp_path / "results.pt"
     script = f"from tests.test_irpe_ops_torch import save_results as s; s({str(path)!r})"
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"NATRPB_ISA": isa},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
+    assert run_with_isa(isa, script) == ""
     theirs = iter(torch.load(path))
     for dtype, tolerance in TOLERANCE.items():
         for case in SOME:

@@ -223,6 +223,7 @@ def test_grouped_heads_and_other_value_width():
         (dict(rpb=torch.zeros(9, 2, dtype=torch.int64)), TypeError, "rpb must be a floating-point tensor"),
         (dict(convention="tf"), ValueError, "convention must be"),
         (dict(scale=float("nan")), ValueError, "scale must be a finite number"),
+        (dict(scale=10**400), ValueError, "scale must be a finite number"),
         (dict(logit_scale=torch.zeros(3)), ValueError, r"logit_scale must have shape \[2\] or"),
         (dict(logit_scale=1.0), TypeError, "logit_scale must be a floating-point tensor"),
         (dict(logit_scale=torch.zeros(2), scale=1.0), ValueError, "exclude each other"),

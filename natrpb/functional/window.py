@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..patterns import Pattern, window_pattern
-from ._checks import AXES, FLOATS, check_head_dim, check_rpb, check_tensor, share_heads
+from ._checks import AXES, FLOATS, check_head_dim, check_rpb, check_tensor, finite_float, share_heads
 
 PADDINGS = ("cut", "pad_then_roll", "roll_then_pad")
 SMALL_MAPS = ("axis", "map", "shift")
@@ -82,8 +82,8 @@ def window_attention(
     pattern = window_pattern(ndim, window_size, shift_size)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
-    if isinstance(scale, bool) or not (scale is None or (isinstance(scale, int | float) and math.isfinite(scale))):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if scale is not None:
+        scale = finite_float("scale", scale)
     _check_logit_scale(logit_scale, scale, heads, query)
     _check_dense_bias(dense_bias, heads, pattern, query)
     rpb = _nat_table(rpb, convention, heads, pattern)
@@ -97,7 +97,7 @@ def window_attention(
     if dropout_p > 0 or dense_bias is not None:
         out, lse = _unfused(query, key, value, rpb, dense_bias, pattern, scale, dropout_p)
     else:
-        out, lse = ops.local_attention(query, key, value, rpb, pattern, float(scale))
+        out, lse = ops.local_attention(query, key, value, rpb, pattern, scale)
     return (out, lse) if return_lse else out
 
 
