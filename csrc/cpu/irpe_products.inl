@@ -1,4 +1,4 @@
-// RowsView products of small dense tiles, which every product of the attention is made of:
+// Matrix products of small dense tiles, which every product of the attention is made of:
 //
 //   c[i][j] (+)= sum_k a(i,k) * b[k][j],   a(i,k) = a.data[i * a.row + k * a.step]
 //
