@@ -55,11 +55,9 @@ def per_axis(name: str, given, ndim: int, kind: type = int) -> tuple:
     """
 
     def is_one(item) -> bool:
-        if kind is bool:
-            return isinstance(item, bool)
-        return isinstance(item, int) and not isinstance(item, bool)
+        return isinstance(item, kind) and (kind is bool or not isinstance(item, bool))
 
-    if is_one(given):
+    if type(given) is kind or is_one(given):
         return (given,) * ndim
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != ndim:

@@ -34,7 +34,7 @@ struct IrpeOps {
     RpeIndexParams p = index_params(x, index.size(1));
     index = take_map(backend, "index", index, p.queries, p.keys, x.size(3), p.index);
     x = with_contiguous_channels(x);
-    Tensor y = torch::stable::new_empty(x, {p.batch, p.heads, p.queries, p.keys}, x.scalar_type());
+    Tensor y = new_tensor(x, {p.batch, p.heads, p.queries, p.keys}, x.scalar_type());
     p.x = rows_of(x);
     p.y = rows_of(y);
     finish(backend.rpe_index(p));
@@ -48,7 +48,7 @@ struct IrpeOps {
     RpeIndexParams p = index_params(y, y.size(3));
     index = take_map(backend, "index", index, p.queries, p.keys, num_buckets, p.index);
     y = with_contiguous_channels(y);
-    Tensor x = torch::stable::new_empty(y, {p.batch, p.heads, p.queries, num_buckets}, y.scalar_type());
+    Tensor x = new_tensor(y, {p.batch, p.heads, p.queries, num_buckets}, y.scalar_type());
     p.x = rows_of(x);
     p.y = rows_of(y);
     finish(backend.rpe_index_transposed(p));
@@ -93,7 +93,7 @@ struct IrpeOps {
         check_shape("table", *table_, {p.heads, last(*table_)});
         STD_TORCH_CHECK(table_->scalar_type() == wide_type(p.dtype), "table must be float32, or float64 for a float64 query");
         backend.check_device("table", *table_);
-        table = torch::stable::contiguous(*table_);
+        table = as_contiguous(*table_);
         p.table = table->data_ptr();
         index_t = take_map(backend, "index_t", *index_t_, p.queries, p.keys, last(*table_), p.index_t);
       }
@@ -130,7 +130,7 @@ struct IrpeOps {
       check_shape(name, t, sizes);
       STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool, name, " must be bool");
       backend.check_device(name, t);
-      Tensor taken = torch::stable::contiguous(t);
+      Tensor taken = as_contiguous(t);
       to = static_cast<const uint8_t*>(taken.data_ptr());
       return taken;
     }
@@ -142,11 +142,11 @@ struct IrpeOps {
       to = rows_of_heads_last(t);
     }
     Tensor make(const Ints& sizes, bool heads_last, RowsView& to) const {
-      Tensor t = torch::stable::new_empty(query, sizes, query.scalar_type());
+      Tensor t = new_tensor(query, sizes, query.scalar_type());
       to = heads_last ? rows_of_heads_last(t) : rows_of(t);
       return t;
     }
-    Tensor none() const { return torch::stable::new_empty(query, {0}, query.scalar_type()); }
+    Tensor none() const { return new_tensor(query, {0}, query.scalar_type()); }
   };
 
   static std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optional query_rows,
@@ -157,7 +157,7 @@ struct IrpeOps {
               attn_mask, scale);
     Params& p = call.params;
     Tensor out = call.make(call.per_query(p.value_dim), true, p.out);
-    Tensor lse = torch::stable::new_empty(query, {p.batch, p.queries, p.heads}, wide_type(p.dtype));
+    Tensor lse = new_tensor(query, {p.batch, p.queries, p.heads}, wide_type(p.dtype));
     p.lse = rows_of_heads_last(lse);
     Tensor binned = call.index_v ? call.make(call.query_buckets(num_buckets), false, p.binned) : call.none();
     finish(call.backend.irpe_attention_forward(p));
@@ -185,9 +185,9 @@ struct IrpeOps {
     Tensor dvalue = call.make(call.per_key(p.value_dim), true, p.dvalue);
     Tensor dquery_rows = query_rows ? call.make(call.query_buckets(p.index_k.buckets), false, p.dquery_rows) : call.none();
     Tensor dkey_rows = key_rows ? call.make({p.batch, p.heads, p.keys, p.index_q.buckets}, false, p.dkey_rows) : call.none();
-    Tensor dtable = torch::stable::new_empty(query, table ? Ints{p.heads, p.index_t.buckets} : Ints{0}, wide_type(p.dtype));
+    Tensor dtable = new_tensor(query, table ? Ints{p.heads, p.index_t.buckets} : Ints{0}, wide_type(p.dtype));
     if (table) p.dtable = dtable.data_ptr();
-    Tensor memory = torch::stable::new_empty(query, {call.backend.irpe_attention_backward_workspace(p)}, ScalarType::Byte);
+    Tensor memory = new_tensor(query, {call.backend.irpe_attention_backward_workspace(p)}, ScalarType::Byte);
     p.workspace = memory.data_ptr();
     finish(call.backend.irpe_attention_backward(p));
     return {dquery, dkey, dvalue, dquery_rows, dkey_rows, dtable};
@@ -224,7 +224,7 @@ struct IrpeOps {
     const ScalarType type = index.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64");
     backend.check_device(name, index);
-    Tensor taken = torch::stable::contiguous(index);
+    Tensor taken = as_contiguous(index);
     backend.check_map(name, taken, buckets);
     if (type == ScalarType::Long) taken = torch::stable::to(taken, ScalarType::Int);
     to = {static_cast<const int32_t*>(taken.data_ptr()), several ? index.size(0) : 1, buckets};

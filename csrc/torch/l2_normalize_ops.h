@@ -16,7 +16,7 @@ struct L2NormalizeOps {
   static Tensor forward(Tensor x, Optional factor) {
     const Backend backend("x", x);
     L2NormalizeParams p = params_of(backend, x, factor);
-    Tensor out = torch::stable::new_empty(x, sizes_of(p), x.scalar_type());
+    Tensor out = new_tensor(x, sizes_of(p), x.scalar_type());
     p.out = rows_of(out);
     finish(backend.l2_normalize(p));
     return out;
@@ -30,10 +30,10 @@ struct L2NormalizeOps {
     backend.check_device("dout", dout);
     dout = with_contiguous_channels(dout);
     p.dout = rows_of(dout);
-    Tensor dx = torch::stable::new_empty(x, sizes_of(p), x.scalar_type());
+    Tensor dx = new_tensor(x, sizes_of(p), x.scalar_type());
     p.dx = rows_of(dx);
-    Tensor dfactor = torch::stable::new_empty(x, {factor ? p.heads : 0}, wide_type(p.dtype));
-    Tensor memory = torch::stable::new_empty(x, {backend.l2_normalize_backward_workspace(p)}, ScalarType::Byte);
+    Tensor dfactor = new_tensor(x, {factor ? p.heads : 0}, wide_type(p.dtype));
+    Tensor memory = new_tensor(x, {backend.l2_normalize_backward_workspace(p)}, ScalarType::Byte);
     if (factor) p.dfactor = dfactor.data_ptr();
     p.workspace = memory.data_ptr();
     finish(backend.l2_normalize_backward(p));
@@ -67,7 +67,7 @@ struct L2NormalizeOps {
                       shape_of(*factor));
       STD_TORCH_CHECK(factor->scalar_type() == wide_type(p.dtype), "factor must be float32, or float64 for a float64 x");
       backend.check_device("factor", *factor);
-      factor = torch::stable::contiguous(*factor);
+      factor = as_contiguous(*factor);
       p.factor = factor->data_ptr();
     }
     return p;

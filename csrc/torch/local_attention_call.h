@@ -85,16 +85,13 @@ struct LocalAttentionCall {
     STD_TORCH_CHECK(has_shape(t, rpb_sizes()), "rpb must have one row per head and 2 K - 1 entries per axis, got ",
                     shape_of(t));
     STD_TORCH_CHECK(t.scalar_type() == wide_type(params.dtype), "rpb must be float32, or float64 for a float64 query");
-    return torch::stable::contiguous(t);
+    return as_contiguous(t);
   }
 
-  Tensor empty(const Tensor& model, const Ints& shape, ScalarType dtype) const {
-    return torch::stable::new_empty(model, shape, dtype);
-  }
   // Memory from torch's allocator, to be kept until the launch returns: it is reused in the order of the stream.
   Tensor workspace(const Tensor& model, int64_t bytes) {
     if (bytes == 0) return Tensor();
-    Tensor memory = empty(model, {bytes}, ScalarType::Byte);
+    Tensor memory = new_tensor(model, {bytes}, ScalarType::Byte);
     params.workspace = memory.data_ptr();
     return memory;
   }

@@ -22,8 +22,8 @@ struct LocalAttentionOps {
     p.scale = scale;
     take_inputs(backend, call, query, key, value);
     const std::optional<Tensor> table = take_rpb(backend, call, rpb);
-    Tensor out = call.empty(query, call.sizes(p.value_dim), query.scalar_type());
-    Tensor lse = call.empty(query, call.sizes(0), wide_type(p.dtype));
+    Tensor out = new_tensor(query, call.sizes(p.value_dim), query.scalar_type());
+    Tensor lse = new_tensor(query, call.sizes(0), wide_type(p.dtype));
     p.out = call.view(out);
     p.lse = call.view(lse);
     const Tensor memory = call.workspace(query, backend.local_attention_forward_workspace(p));
@@ -45,11 +45,11 @@ struct LocalAttentionOps {
     p.lse = take_per_query(backend, call, "lse", lse);
     if (dlse) p.dlse = take_per_query(backend, call, "dlse", *dlse);
     const std::optional<Tensor> table = take_rpb(backend, call, rpb);
-    Tensor dquery = call.empty(query, call.sizes(p.head_dim), query.scalar_type());
+    Tensor dquery = new_tensor(query, call.sizes(p.head_dim), query.scalar_type());
     const ScalarType sums = backend.local_attention_backward_is_wide(p) ? ScalarType::Float : query.scalar_type();
-    Tensor dkey = call.empty(query, call.sizes(p.head_dim), sums);
-    Tensor dvalue = call.empty(query, call.sizes(p.value_dim), sums);
-    Tensor drpb = call.empty(query, rpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
+    Tensor dkey = new_tensor(query, call.sizes(p.head_dim), sums);
+    Tensor dvalue = new_tensor(query, call.sizes(p.value_dim), sums);
+    Tensor drpb = new_tensor(query, rpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
     p.dquery = call.view(dquery);
     p.dkey = call.view(dkey);
     p.dvalue = call.view(dvalue);
@@ -69,7 +69,7 @@ struct LocalAttentionOps {
     p.query = take(backend, call, "query", query, p.head_dim);
     p.key = take(backend, call, "key", key, p.head_dim);
     const std::optional<Tensor> table = take_rpb(backend, call, rpb);
-    Tensor attn = call.empty(query, call.sizes(call.slots()), query.scalar_type());
+    Tensor attn = new_tensor(query, call.sizes(call.slots()), query.scalar_type());
     p.attn = call.view(attn);
     finish(backend.local_qk(p));
     return attn;
@@ -82,7 +82,7 @@ struct LocalAttentionOps {
     p.value_dim = value.size(value.dim() - 1);
     p.value = take(backend, call, "value", value, p.value_dim);
     p.attn = take(backend, call, "attn", attn, call.slots());
-    Tensor out = call.empty(value, call.sizes(p.value_dim), value.scalar_type());
+    Tensor out = new_tensor(value, call.sizes(p.value_dim), value.scalar_type());
     p.out = call.view(out);
     finish(backend.local_av(p));
     return out;
@@ -96,7 +96,7 @@ struct LocalAttentionOps {
     p.dout = take(backend, call, "x", x, p.value_dim);
     p.attn = take(backend, call, "attn", attn, call.slots());
     const ScalarType sums = backend.local_av_transposed_is_wide(p) ? ScalarType::Float : x.scalar_type();
-    Tensor out = call.empty(x, call.sizes(p.value_dim), sums);
+    Tensor out = new_tensor(x, call.sizes(p.value_dim), sums);
     p.dvalue = call.view(out);
     finish(backend.local_av_transposed(p));
     return rounded(out, x);
@@ -107,7 +107,7 @@ struct LocalAttentionOps {
     Call call("dattn", dattn, Layout::kHeadsFirst, kernel_size, stride, dilation, kind, shift);
     Params& p = call.params;
     p.attn = take(backend, call, "dattn", dattn, call.slots());
-    Tensor drpb = call.empty(dattn, call.rpb_sizes(), wide_type(p.dtype));
+    Tensor drpb = new_tensor(dattn, call.rpb_sizes(), wide_type(p.dtype));
     p.drpb = drpb.data_ptr();
     const Tensor memory = call.workspace(dattn, backend.local_bias_grad_workspace(p));
     finish(backend.local_bias_grad(p));

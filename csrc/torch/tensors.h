@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -57,6 +58,22 @@ inline const char* name_of(DType dtype) {
 // Scores, lse, bias tables and sums: fp32, fp64 for fp64.
 inline DType wide(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 inline ScalarType wide_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+// An uninitialised contiguous tensor on the model's device. NB: new_empty would look the op up by name and box its arguments.
+inline Tensor new_tensor(const Tensor& model, const Ints& sizes, ScalarType dtype) {
+  Ints strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device = 0;
+  AtenTensorHandle handle = nullptr;
+  const bool made = aoti_torch_get_device_type(model.get(), &device) == AOTI_TORCH_SUCCESS &&
+                    aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
+                                             model.get_device_index(), &handle) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(made, "could not allocate a tensor of shape ", listed(sizes));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Kernels read contiguous channels; any other stride is theirs to follow.
 inline Tensor with_contiguous_channels(const Tensor& t) {

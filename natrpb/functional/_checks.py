@@ -29,6 +29,25 @@ def check_tensor(name, given, rank, layout, like=None):
             raise TypeError(f"{name} must have query's dtype, {like.dtype}, got {given.dtype}")
 
 
+def check_attention_inputs(query, key, value, ndim: int):
+    """Checks heads-last query, key and value of an attention over `ndim` axes, key and value perhaps with fewer heads."""
+    layout = f"[B, {', '.join(AXES[ndim])}, heads, D]"
+    check_tensor("query", query, ndim + 3, layout)
+    check_tensor("key", key, ndim + 3, layout, like=query)
+    check_tensor("value", value, ndim + 3, layout, like=query)
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if key_shape != shape and (key_shape[:-2] != shape[:-2] or key_shape[-1] != shape[-1]):
+        raise ValueError(f"key must have query's shape but for heads, {list(shape)}, got {list(key_shape)}")
+    if value_shape != key_shape and value_shape[:-1] != key_shape[:-1]:
+        raise ValueError(f"value must have key's shape but for the last axis, {list(key_shape)}, got {list(value_shape)}")
+    check_head_dim(shape[-1], value_shape[-1])
+
+
+def check_probability(name: str, given) -> None:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, got {given!r}")
+
+
 def finite_float(name, given) -> float:
     """The number as a float; ValueError where it is none or not finite."""
     if isinstance(given, int | float) and not isinstance(given, bool):

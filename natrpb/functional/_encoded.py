@@ -15,6 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import Function, forward_ad
 
 from .. import _ext, ops
+from ..ops._register import call_op
 
 
 class Call(NamedTuple):
@@ -134,8 +135,9 @@ def _gradients(tensors, call: Call, needs, out, lse, binned, dout, dlse) -> list
             dvalue_table = _sum_to((binned.transpose(2, 3) @ dout_first).sum(0), value_table)
     # NB: the op wants <dout, out> + <dbinned, binned> of the forward's results, and that is <dout, out> of the whole output.
     no_bins = query.new_zeros(0) if binned is None else torch.zeros_like(binned)
-    dquery, dkey, dvalue, dquery_rows, dkey_rows, dbias = torch.ops.natrpb.irpe_attention_backward(
-        dout, dlse, dbinned, query, key, value, query_rows, key_rows, table, out, lse, no_bins, index_k, index_q, *rest
+    dquery, dkey, dvalue, dquery_rows, dkey_rows, dbias = call_op(
+        "irpe_attention_backward",
+        dout, dlse, dbinned, query, key, value, query_rows, key_rows, table, out, lse, no_bins, index_k, index_q, *rest,
     )  # fmt: skip
     dkey_table = dquery_table = None
     if key_table is not None:

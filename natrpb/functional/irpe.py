@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._checks import FLOATS, check_head_dim, check_tensor, finite_float
+from ._checks import FLOATS, check_head_dim, check_probability, check_tensor, finite_float
 from ._encoded import Call, attend, bucket_rows, spread
 
 
@@ -108,8 +108,7 @@ def irpe_attention(
     _check_encoding("value", value_table, value_index, (heads, None, value_dim), queries, keys, query)
     _check_mask("key_padding_mask", key_padding_mask, (batch, keys), query)
     _check_mask("attn_mask", attn_mask, (queries, keys), query)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
+    check_probability("dropout_p", dropout_p)
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
 
     device = query.device.type

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from .. import ops
 from ..patterns import check_fits, neighborhood_pattern
-from ._checks import AXES, check_head_dim, check_rpb, check_tensor, finite_float, share_heads
+from ._checks import (
+    AXES,
+    check_attention_inputs,
+    check_head_dim,
+    check_probability,
+    check_rpb,
+    check_tensor,
+    finite_float,
+    share_heads,
+)
 
 
 def na1d(
@@ -155,25 +164,16 @@ def _neighborhood_attention(
     ndim, query, key, value, kernel_size, stride, dilation, is_causal, rpb, scale,
     additional_keys, additional_values, dropout_p, return_lse,
 ):  # fmt: skip
-    layout = f"[B, {', '.join(AXES[ndim])}, heads, D]"
-    check_tensor("query", query, ndim + 3, layout)
-    check_tensor("key", key, ndim + 3, layout, like=query)
-    check_tensor("value", value, ndim + 3, layout, like=query)
+    check_attention_inputs(query, key, value, ndim)
     pattern = neighborhood_pattern(ndim, kernel_size, stride, dilation, is_causal)
-    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's shape but for heads, {list(query.shape)}, got {list(key.shape)}")
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}")
-    check_fits(pattern, query.shape[1:-2])
-    heads, head_dim = query.shape[-2:]
-    check_head_dim(head_dim, value.shape[-1])
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
+    _, *spatial, heads, head_dim = query.shape
+    check_fits(pattern, spatial)
+    check_probability("dropout_p", dropout_p)
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
     check_rpb(rpb, heads, pattern, query.device)
     _check_additional(additional_keys, additional_values, key, value)
 
-    key, value = (share_heads(x, heads) for x in (key, value))
+    key, value = share_heads(key, heads), share_heads(value, heads)
     if additional_keys is not None:
         additional_keys, additional_values = (share_heads(x, heads) for x in (additional_keys, additional_values))
     if dropout_p > 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..patterns import Pattern, window_pattern
-from ._checks import AXES, FLOATS, check_head_dim, check_rpb, check_tensor, finite_float, share_heads
+from ._checks import AXES, FLOATS, check_attention_inputs, check_probability, check_rpb, finite_float, share_heads
 
 PADDINGS = ("cut", "pad_then_roll", "roll_then_pad")
 SMALL_MAPS = ("axis", "map", "shift")
@@ -69,19 +69,10 @@ def window_attention(
     ndim = query.dim() - 3 if isinstance(query, Tensor) else 2
     if ndim not in AXES:
         raise ValueError(f"query must have shape [B, 1 to 3 spatial axes, heads, D], got {list(query.shape)}")
-    layout = f"[B, {', '.join(AXES[ndim])}, heads, D]"
-    check_tensor("query", query, ndim + 3, layout)
-    check_tensor("key", key, ndim + 3, layout, like=query)
-    check_tensor("value", value, ndim + 3, layout, like=query)
-    if key.shape[:-2] != query.shape[:-2] or key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's shape but for heads, {list(query.shape)}, got {list(key.shape)}")
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(f"value must have key's shape but for the last axis, {list(key.shape)}, got {list(value.shape)}")
+    check_attention_inputs(query, key, value, ndim)
     heads, head_dim = query.shape[-2:]
-    check_head_dim(head_dim, value.shape[-1])
     pattern = window_pattern(ndim, window_size, shift_size)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be a number between 0 and 1, got {dropout_p!r}")
+    check_probability("dropout_p", dropout_p)
     if scale is not None:
         scale = finite_float("scale", scale)
     _check_logit_scale(logit_scale, scale, heads, query)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._register import call_op
+
 
 class Rows(NamedTuple):
     """The encodings, or their gradients or tangents, where they are: [B, h, Nq, Ck], [B, h, Nk, Cq] and [h, Ct]."""
@@ -33,11 +35,11 @@ class Pairs:
 
     @staticmethod
     def _spread(rows: Tensor, index: Tensor) -> Tensor:
-        return sum(torch.ops.natrpb.rpe_index(rows, one) for one in _terms(index))
+        return sum(call_op("rpe_index", rows, one) for one in _terms(index))
 
     @staticmethod
     def _gather(pairs: Tensor, index: Tensor, buckets: int) -> Tensor:
-        return sum(torch.ops.natrpb.rpe_index_transposed(pairs, one, buckets) for one in _terms(index))
+        return sum(call_op("rpe_index_transposed", pairs, one, buckets) for one in _terms(index))
 
     def encode(self, rows: Rows) -> Tensor | None:
         """The sum of the encodings that are there, for every pair."""

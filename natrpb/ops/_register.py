@@ -6,10 +6,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("natrpb", "IMPL")
+
+
+def call_op(name: str, *args):
+    """Calls `natrpb::name`; past its autograd kernel, which is Python and costs more than all checks, where none is needed."""
+    op = getattr(torch.ops.natrpb, name).default
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _is_differentiated(args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _is_differentiated(args: Sequence) -> bool:
+    """Whether an op's autograd function must see these arguments, in reverse or forward mode."""
+    tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return tracked or forward_ad._current_level >= 0
 
 
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
@@ -17,8 +33,7 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
     op = getattr(torch.ops.natrpb, name).default
 
     def autograd(keyset, *args):
-        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if tracked or forward_ad._current_level >= 0:
+        if _is_differentiated(args):
             # NB: a transform of torch.func has already peeled off its level when it comes to this key, so the plain apply
             # of one level is right; Function.apply would start the transforms again.
             with enable_single_level_autograd_function():

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .. import _ext
 from .. import reference_irpe as reference
 from ._irpe_pairs import Pairs, Rows, total
-from ._register import below_autograd, register_autocast, register_autograd, register_fake, register_vmap
+from ._register import below_autograd, call_op, register_autocast, register_autograd, register_fake, register_vmap
 from .local_attention import _heads_first, _heads_last, _on_reference, _wide
 
 
@@ -24,14 +24,14 @@ def rpe_index(x: Tensor, index: Tensor) -> Tensor:
     """See `natrpb.reference_irpe.rpe_index`: x [B, h, Nq, C] and index [Nq, Nk] in, [B, h, Nq, Nk] out."""
     if not _ext.runs_compiled(x.device, "rpe_index"):
         return reference.rpe_index(x, index)
-    return torch.ops.natrpb.rpe_index(x, index)
+    return call_op("rpe_index", x, index)
 
 
 def rpe_index_transposed(y: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     """See `natrpb.reference_irpe.rpe_index_transposed`: y [B, h, Nq, Nk] and index in, [B, h, Nq, num_buckets] out."""
     if not _ext.runs_compiled(y.device, "rpe_index_transposed"):
         return reference.rpe_index_transposed(y, index, num_buckets)
-    return torch.ops.natrpb.rpe_index_transposed(y, index, num_buckets)
+    return call_op("rpe_index_transposed", y, index, num_buckets)
 
 
 def irpe_attention(
@@ -56,7 +56,7 @@ def irpe_attention(
     if not _ext.runs_compiled(query.device, "irpe_attention_forward"):
         return _reference(floats, rest)
     table = None if table is None else table.to(_wide(query.dtype))
-    out, lse, binned = torch.ops.natrpb.irpe_attention_forward(*floats[:5], table, *rest)
+    out, lse, binned = call_op("irpe_attention_forward", *floats[:5], table, *rest)
     return out, lse, None if index_v is None else binned
 
 
@@ -144,7 +144,7 @@ class _Attention(Function):
             return (None,) * 14
         if dout is None:
             dout = torch.zeros_like(outputs[0])
-        gradients = torch.ops.natrpb.irpe_attention_backward(dout, dlse, dbinned, *floats, *outputs, *rest)
+        gradients = call_op("irpe_attention_backward", dout, dlse, dbinned, *floats, *outputs, *rest)
         return *(None if x is None else dx for x, dx in zip(floats, gradients)), *(None,) * 8
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _ext, reference
-from ._register import below_autograd, register_autograd, register_fake, register_vmap
+from ._register import below_autograd, call_op, register_autograd, register_fake, register_vmap
 from .local_attention import _sum, _wide
 
 
@@ -26,7 +26,7 @@ def l2_normalize(x: Tensor, factor: Tensor | None = None) -> Tensor:
     if not _ext.runs_compiled(x.device, "l2_normalize"):
         return reference.l2_normalize(x, factor)
     factor = None if factor is None else factor.to(_wide(x.dtype))
-    return torch.ops.natrpb.l2_normalize(x.flatten(1, -3), factor).unflatten(1, x.shape[1:-2])
+    return call_op("l2_normalize", x.flatten(1, -3), factor).unflatten(1, x.shape[1:-2])
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,15 +72,15 @@ class _L2Normalize(Function):
     @staticmethod
     def backward(ctx, dout):
         x, factor = ctx.saved_tensors
-        dx, dfactor = torch.ops.natrpb.l2_normalize_backward(dout, x, factor)
+        dx, dfactor = call_op("l2_normalize_backward", dout, x, factor)
         return dx, None if factor is None else dfactor
 
     @staticmethod
     def jvp(ctx, tx, tfactor):
         x, factor = ctx.saved_tensors
         return _sum(
-            None if tx is None else torch.ops.natrpb.l2_normalize_backward(tx, x, factor)[0],
-            None if tfactor is None else torch.ops.natrpb.l2_normalize(x, tfactor),
+            None if tx is None else call_op("l2_normalize_backward", tx, x, factor)[0],
+            None if tfactor is None else call_op("l2_normalize", x, tfactor),
         )
 
 

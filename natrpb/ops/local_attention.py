@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from .. import _ext, reference
 from ..patterns import Pattern
-from ._register import below_autograd, register_autocast, register_autograd, register_fake, register_vmap
+from ._register import below_autograd, call_op, register_autocast, register_autograd, register_fake, register_vmap
 
 _NEG_INF = float("-inf")
 
@@ -26,7 +26,7 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | Non
     if not _ext.runs_compiled(query.device, "local_attention_forward"):
         return _on_reference(reference.local_attention, 3, query, key, value, rpb, pattern, scale)
     rpb = None if rpb is None else rpb.to(_wide(query.dtype))
-    return torch.ops.natrpb.local_attention_forward(query, key, value, rpb, *pattern, scale)
+    return call_op("local_attention_forward", query, key, value, rpb, *pattern, scale)
 
 
 def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, fill: float = _NEG_INF) -> Tensor:
@@ -34,28 +34,28 @@ def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, f
     if not _ext.runs_compiled(query.device, "local_qk"):
         return _on_reference(reference.local_qk, 2, query, key, rpb, pattern, fill)
     rpb = None if rpb is None else rpb.to(_wide(query.dtype))
-    return torch.ops.natrpb.local_qk(query, key, rpb, *pattern, fill)
+    return call_op("local_qk", query, key, rpb, *pattern, fill)
 
 
 def local_av(attn: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_av`: attn [B, h, *, T] and value [B, h, *, Dv] of one dtype in, [B, h, *, Dv] out."""
     if not _ext.runs_compiled(value.device, "local_av"):
         return _on_reference(reference.local_av, 2, attn, value, pattern)
-    return torch.ops.natrpb.local_av(attn, value, *pattern)
+    return call_op("local_av", attn, value, *pattern)
 
 
 def local_av_transposed(attn: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_av_transposed`: attn [B, h, *, T] and x [B, h, *, D] in, one row per key out."""
     if not _ext.runs_compiled(x.device, "local_av_transposed"):
         return reference.local_av_transposed(attn, x, pattern)
-    return torch.ops.natrpb.local_av_transposed(attn, x, *pattern)
+    return call_op("local_av_transposed", attn, x, *pattern)
 
 
 def local_bias_grad(dattn: Tensor, pattern: Pattern) -> Tensor:
     """See `natrpb.reference.local_bias_grad`; the table comes in fp32 (fp64 for fp64)."""
     if not _ext.runs_compiled(dattn.device, "local_bias_grad"):
         return reference.local_bias_grad(dattn.to(_wide(dattn.dtype)), pattern)
-    return torch.ops.natrpb.local_bias_grad(dattn, *pattern)
+    return call_op("local_bias_grad", dattn, *pattern)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -101,7 +101,7 @@ class _Fused(Function):
             return (None,) * 10
         if dout is None:
             dout = torch.zeros_like(inputs[2])
-        gradients = torch.ops.natrpb.local_attention_backward(dout, dlse, *inputs, out, lse, *ctx.pattern, ctx.scale)
+        gradients = call_op("local_attention_backward", dout, dlse, *inputs, out, lse, *ctx.pattern, ctx.scale)
         has_rpb = inputs[3] is not None
         return *gradients[:3], gradients[3] if has_rpb else None, *(None,) * 6
 
