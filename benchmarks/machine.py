@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -40,6 +41,19 @@ def caches() -> dict[str, str]:
         level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
         sizes[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
     return sizes
+
+
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed for the next call, as jemalloc and tcmalloc do; returns whether it can (glibc).
+
+    glibc gives large blocks back to the system instead, and every call then pays a page fault for each 4 KiB of its results.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    return all((mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)))
 
 
 def describe() -> dict:

@@ -129,7 +129,7 @@ def header(results: Results) -> Iterator[str]:
     machine = results.machine
     caches = " ".join(f"{level} {size}" for level, size in machine["caches"].items())
     yield f"{machine['name']}, {machine['cores']} cores, {machine['isa']}, {caches}"
-    yield f"load average before the run {machine['load_before']}"
+    yield f"load average before the run {machine['load_before']}, malloc {machine.get('malloc', 'as it is')}"
     yield ", ".join(f"{name} {version}" for name, version in results.versions.items())
     yield f"commit {results.commit or 'unknown'}, {results.date}"
     for threads, limits in results.yardsticks.items():

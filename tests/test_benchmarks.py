@@ -331,6 +331,17 @@ class TestReport:
         text = json.dumps([machine.describe(), machine.versions(), machine.commit()])
         assert machine.platform.node() not in text and str(machine.ROOT) not in text
 
+    def test_kept_memory_costs_no_page_faults(self):
+        script = (
+            "import resource, torch\nfrom benchmarks import machine\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "assert machine.keep_freed_memory()\ntorch.ones(1 << 22)\nbefore = faults()\n"
+            "for _ in range(5): torch.ones(1 << 22)\nprint(faults() - before)"
+        )
+        process = subprocess.run([sys.executable, "-c", script], cwd=machine.ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        assert int(process.stdout) < 1000  # of 4096 pages that each tensor takes
+
     def test_file_name_of_a_machine(self):
         given = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.10GHz", "cores": 2, "isa": "avx512"}
         assert machine.slug(given) == "intel-xeon-2.10ghz-2c-avx512"
