@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ _library = torch.library.Library("natrpb", "IMPL")
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """Differentiates `natrpb::name` by an autograd function, whose `forward` must call `below_autograd(name, ...)`."""
     op = getattr(torch.ops.natrpb, name).default
+    function = _nesting(function)
 
     def autograd(keyset, *args):
         tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if tracked or forward_ad._current_level >= 0:
+        # NB: a compiled program enters its dual levels below Python, where `_current_level` does not see them.
+        compiled = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        if tracked or compiled or forward_ad._current_level >= 0:
             # NB: a transform of torch.func has already peeled off its level when it comes to this key, so the plain apply
             # of one level is right; Function.apply would start the transforms again.
             with enable_single_level_autograd_function():
@@ -27,6 +31,22 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _nesting(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The function with a `jvp` that outer forward modes (torch.func.jvp of jvp) can differentiate.
+
+    NB: torch calls `Function.jvp` with all tangents hidden, lest the saved tensors' own enter the formula. That also hides
+    those of outer levels, and their derivative would be lost without an error. So here tangents stay visible, and only this
+    level's are taken off the saved tensors.
+    """
+
+    def jvp(ctx, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = tuple(None if x is None else forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors)
+            return function.jvp(SimpleNamespace(**vars(ctx), saved_tensors=saved), *tangents)
+
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
 
 def below_autograd(name: str, *args):
