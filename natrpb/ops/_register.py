@@ -21,8 +21,8 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
     def autograd(keyset, *args):
         tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         # NB: a compiled program enters its dual levels below Python, where `_current_level` does not see them.
-        compiled = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        if tracked or compiled or forward_ad._current_level >= 0:
+        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        if tracked or transformed or forward_ad._current_level >= 0:
             # NB: a transform of torch.func has already peeled off its level when it comes to this key, so the plain apply
             # of one level is right; Function.apply would start the transforms again.
             with enable_single_level_autograd_function():
