@@ -229,6 +229,7 @@ def test_gradients_per_sample():
 NESTED = {
     "reverse-reverse": lambda loss, x, t: torch.func.grad(lambda y: (torch.func.grad(loss)(y) * t).sum())(x),
     "forward-reverse": lambda loss, x, t: torch.func.jvp(torch.func.grad(loss), (x,), (t,))[1],
+    "forward-forward": lambda loss, x, t: torch.func.jvp(lambda y: torch.func.jvp(loss, (y,), (t,))[1], (x,), (t,))[1],
     "reverse-forward": lambda loss, x, t: torch.func.grad(lambda y: torch.func.jvp(loss, (y,), (t,))[1])(x),
 }
 
@@ -237,7 +238,6 @@ NESTED = {
 @pytest.mark.parametrize("argument", range(4), ids=("query", "key", "value", "rpb"))
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[3], SMALL[5]], ids=str)
 def test_nested_func_transforms_equal_the_reference(case, argument, nested):
-    """Forward over forward is missing: `torch.autograd.Function` itself loses the outer one."""
     inputs = case.inputs()
     tangent = torch.randn_like(inputs[argument])
     results = []

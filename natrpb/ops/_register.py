@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -16,21 +16,25 @@ _library = torch.library.Library("natrpb", "IMPL")
 def call_op(name: str, *args):
     """Calls `natrpb::name`; past its autograd kernel, which is Python and costs more than all checks, where none is needed."""
     op = getattr(torch.ops.natrpb, name).default
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _is_differentiated(args):
+    if _is_differentiated(args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _is_differentiated(args: Sequence) -> bool:
-    """Whether an op's autograd function must see these arguments, in reverse or forward mode."""
-    tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    return tracked or forward_ad._current_level >= 0
+    """Whether an op's autograd function must see these arguments, in reverse or forward mode; where it is not certain, too."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return True
+    # NB: a compiled program enters its dual levels below Python, where `_current_level` does not see them.
+    transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return transformed or forward_ad._current_level >= 0
 
 
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """Differentiates `natrpb::name` by an autograd function, whose `forward` must call `below_autograd(name, ...)`."""
     op = getattr(torch.ops.natrpb, name).default
+    function = _nesting(function)
 
     def autograd(keyset, *args):
         if _is_differentiated(args):
@@ -42,6 +46,22 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _nesting(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The function with a `jvp` that outer forward modes (torch.func.jvp of jvp) can differentiate.
+
+    NB: torch calls `Function.jvp` with all tangents hidden, lest the saved tensors' own enter the formula. That also hides
+    those of outer levels, and their derivative would be lost without an error. So here tangents stay visible, and only this
+    level's are taken off the saved tensors.
+    """
+
+    def jvp(ctx, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = tuple(None if x is None else forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors)
+            return function.jvp(SimpleNamespace(**vars(ctx), saved_tensors=saved), *tangents)
+
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
 
 def below_autograd(name: str, *args):
