@@ -22,6 +22,8 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/local_attention_scores.inl"
 
+#include "cpu/local_attention_prefetch.inl"
+
 #include "cpu/local_attention_items.inl"
 
 // ---- entry points, see kernels.h ----

@@ -31,6 +31,7 @@ struct Worker {
   T *score, *dscore;                // [kRowTile][slots][L]
   T *bias, *dbias;                  // [table rows][bias_pitch]; [table rows][K_2][L]
   T* no_bias;                       // zeros, a score tile's
+  Stream<S> stream;
   size_t bytes;
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
@@ -49,7 +50,8 @@ struct Worker {
         table1(2 * kernel.size1 - 1),
         table2(2 * k2 - 1),
         bias_pitch(padded(table2) + L),
-        column_pitch(padded(pl.key_size[2] + most_lead() + (is_neighborhood() ? L : k2 + L))) {
+        column_pitch(padded(pl.key_size[2] + most_lead() + (is_neighborhood() ? L : k2 + L))),
+        stream(p, pl) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
     Arena arena(scratch);
     const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
@@ -82,8 +84,7 @@ struct Worker {
 
   // Address of a row's first element in storage; the row's next columns lie column_step apart.
   S* row_start(const View& view, int64_t p0, int64_t p1, int64_t p2) const {
-    const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, p2)};
-    return static_cast<S*>(view.data) + view.offset(item.batch, item.head, at);
+    return row_address<S>(params, item, view, p0, p1, p2);
   }
   int64_t column_step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
 
@@ -91,15 +92,6 @@ struct Worker {
   Steps lane_steps(const View& view, const Block<T>& block) const {
     const int64_t step = column_step(view);
     return {step, block.width, view.space[1] * params.axis[1].dilation - block.width * step};
-  }
-
-  // Asks for `count` columns of a row before they are needed: hardware does not foresee columns that lie a few heads apart.
-  // NB: inlined by force, GCC drops calls that do nothing but prefetch.
-  NATRPB_INLINE void prefetch(const View& view, int64_t p0, int64_t p1, int64_t p2, int64_t count, int64_t channels) const {
-    const S* row = row_start(view, p0, p1, p2);
-    for (int64_t i = 0; i < count; ++i, row += column_step(view)) {
-      for (int64_t c = 0; c < channels; c += 64 / sizeof(S)) __builtin_prefetch(row + c);
-    }
   }
 
   // Whether a tensor can be read in place: no conversion, no padding.
@@ -118,7 +110,8 @@ struct Worker {
     const int64_t columns = item.key_n[2];
     for_key_rows([&](int64_t r0, int64_t r1) {
       if (r1 + 1 < item.key_n[1]) {
-        prefetch(view, item.key_lo[0] + r0, item.key_lo[1] + r1 + 1, item.key_lo[2], columns, channels);
+        const S* next = row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1 + 1, item.key_lo[2]);
+        prefetch_columns(next, column_step(view), columns, channels);
       }
       T* row = to + (r0 * item.key_n[1] + r1) * channels * column_pitch;
       const int64_t written = padded(column_lead + columns);
@@ -183,8 +176,8 @@ struct Worker {
     if (needs.scores) clear(no_bias, kSlotTile + L);
     return true;
   }
-  // ---- blocks ----
 
+  // ---- blocks ----
   KeyRows key_rows_of(int64_t p0, int64_t p1) const {
     const auto relative = [&](int axis, int64_t p) {
       const Interval keys = params.axis[axis].keys(p, item.size[axis]);
@@ -201,7 +194,7 @@ struct Worker {
   }
   // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, block.row(p1, r)), r < count.
   void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
-              int64_t channels, bool with_bias, T* to) const {
+              int64_t channels, bool with_bias, T* to) {
     ScoreArgs<T> args{};
     args.depth = channels;
     args.pitch = column_pitch;
@@ -215,6 +208,7 @@ struct Worker {
         while (end < count && rows[end].axis1.first <= r1) ++end;
         while (begin < end && rows[begin].axis1.last < r1) ++begin;
         if (begin == end) continue;
+        stream.next();
         for (int64_t t = 0; t < k2; t += tile) {
           const int64_t n = min_of(tile, k2 - t);
           args.query = query + begin * channels * L;
@@ -344,7 +338,9 @@ struct Worker {
                    T* columns) const {
     for (int r = 0; r < count; ++r) {
       const int64_t next = block.row(p1, kRowTile + r);
-      if (next < item.hi[1]) prefetch(view, p0, next, block.column, block.width, channels);
+      if (next < item.hi[1]) {
+        prefetch_columns(row_start(view, p0, next, block.column), column_step(view), block.width, channels);
+      }
       copy_columns(row_start(view, p0, block.row(p1, r), block.column), lane_steps(view, block), block.live, channels, factor,
                    L, columns + r * channels * L);
     }
@@ -353,13 +349,17 @@ struct Worker {
   // ---- ops ----
 
   void forward() {
+    stream.begin(item, params.out, value_depth);
     for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+      stream.plan(block, p0, p1, count * block.fold);
       stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
       scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
       for (int r = 0; r < count; ++r) {
         T* p = score + r * slots * L;
         fill_missing(block, rows[r], kernel, -kInfinity<T>, p);
+        stream.next();
         const Softmax<T> softmax = exponentiate(p, slots);
+        stream.next();
         store_sums(params.out, p0, block.row(p1, r), block, rows[r], p, value_rows, value_depth, T(1) / softmax.sum);
         store_scalars(params.lse, p0, block.row(p1, r), block, softmax.peak + log<T>(softmax.sum));
       }
@@ -369,8 +369,10 @@ struct Worker {
   void backward() {
     T* table = bias_part();
     const T scale = static_cast<T>(params.scale);
+    stream.begin(item, params.dquery, depth);
     for_blocks(
         [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+          stream.plan(block, p0, p1, count * block.fold);
           stage_block(params.query, p0, p1, count, block, depth, scale, query_columns);
           stage_block(params.dout, p0, p1, count, block, value_depth, T(1), dout_columns);
           scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);

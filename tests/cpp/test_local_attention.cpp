@@ -66,5 +66,11 @@ int main() {
   test_dtype<Cpu, DType::kFloat32>(cases, layouts);
   test_dtype<Cpu, DType::kBFloat16>(cases, layouts);
   test_dtype<Cpu, DType::kFloat16>(cases, layouts);
+  // More than 8 MB: what is upcoming is asked for meanwhile.
+  const std::vector<Case> large = {
+      {"streamed, dilated", {one, neighborhood(98, 3, 1, 3), neighborhood(190, 3)}, 1, 1, 36, 32, true},
+      {"streamed, shifted windows", {one, window(67, 4, 1), window(50, 3, 2)}, 2, 3, 32, 32, true},
+  };
+  test_dtype<Cpu, DType::kFloat32>(large, {Layout::kPacked});
   return natrpb::test::finish(natrpb::cpu::isa_name(natrpb::cpu::active_isa()));
 }

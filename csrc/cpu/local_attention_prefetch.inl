@@ -1,0 +1,90 @@
+// Asking for memory before it is needed. Hardware does not foresee columns that lie a few heads apart.
+
+// Address of a row's first element in storage; p are in-group positions of the item.
+template <class S>
+NATRPB_INLINE S* row_address(const LocalAttentionParams& params, const Item& item, const View& view, int64_t p0, int64_t p1,
+                             int64_t p2) {
+  const auto position = [&](int axis, int64_t p) { return params.axis[axis].position(item.group[axis], p); };
+  const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, p2)};
+  return static_cast<S*>(view.data) + view.offset(item.batch, item.head, at);
+}
+
+// Asks for `count` columns `step` elements apart. NB: inlined by force, GCC drops calls that do nothing but prefetch.
+template <class S>
+NATRPB_INLINE void prefetch_columns(const S* row, int64_t step, int64_t count, int64_t channels) {
+  for (int64_t i = 0; i < count; ++i, row += step) {
+    for (int64_t c = 0; c < channels; c += 64 / sizeof(S)) __builtin_prefetch(row + c);
+  }
+}
+
+// What a group of query rows asks for beside its work, where a call's tensors do not stay in the caches: the rows of its own
+// results, and the part of the upcoming item's keys and values that lies in that item's box where the group lies in this one's.
+// NB: one row at a time, between tiles. All at once, the requests would wait for one another, and the work for them.
+template <class S>
+class Stream {
+ public:
+  Stream(const LocalAttentionParams& params, const Plan& plan) : params_(params), plan_(plan) {
+    int64_t positions = params.batch * params.heads;
+    for (const Axis& axis : params.axis) positions *= axis.length;
+    wanted_ = positions * 2 * (params.head_dim + params.value_dim) * static_cast<int64_t>(sizeof(S)) > kCached;
+  }
+
+  void begin(const Item& item, const View& result, int64_t channels) {
+    if (!wanted_) return;
+    item_ = item;
+    result_ = result;
+    channels_ = channels;
+    upcoming_.empty = true;
+    if (item.index + 1 < plan_.items) upcoming_ = locate(params_, plan_, item.index + 1);
+  }
+
+  // Plans for `rows` query rows of one block from (p0, p1) on.
+  template <class T>
+  void plan(const Block<T>& block, int64_t p0, int64_t p1, int64_t rows) {
+    if (!wanted_) return;
+    next_ = end_ = 0;
+    for (int64_t r = 0; r < rows; ++r) add(item_, result_, p0, p1 + r, block.column, block.width, channels_);
+    if (upcoming_.empty) return;
+    const int64_t q0 = p0 + upcoming_.lo[0] - item_.lo[0], q1 = p1 + upcoming_.lo[1] - item_.lo[1],
+                  q2 = block.column + upcoming_.lo[2] - item_.lo[2];
+    const int64_t width = min_of(block.width, upcoming_.hi[2] - q2);
+    if (q0 >= upcoming_.hi[0]) return;
+    for (int64_t r = 0; r < min_of(rows, upcoming_.hi[1] - q1); ++r) {
+      add(upcoming_, params_.key, q0, q1 + r, q2, width, params_.head_dim);
+      add(upcoming_, params_.value, q0, q1 + r, q2, width, params_.value_dim);
+    }
+  }
+
+  // Asks for the next row of the plan.
+  NATRPB_INLINE void next() {
+    if (next_ < end_) ask();
+  }
+
+ private:
+  static constexpr int64_t kCached = int64_t{8} << 20;  // bytes of query, key, value and out; measured, docs/design/cpu.md
+
+  struct Run {
+    const S* row;
+    int64_t step, count, channels;
+  };
+
+  // NB: not inlined, lest the tiles around it lose registers to it.
+  [[gnu::noinline]] void ask() {
+    const Run& run = runs_[next_++];
+    prefetch_columns(run.row, run.step, run.count, run.channels);
+  }
+
+  void add(const Item& item, const View& view, int64_t p0, int64_t p1, int64_t p2, int64_t count, int64_t channels) {
+    runs_[end_++] = {row_address<S>(params_, item, view, p0, p1, p2), view.space[2] * params_.axis[2].dilation, count,
+                     channels};
+  }
+
+  const LocalAttentionParams& params_;
+  const Plan& plan_;
+  bool wanted_;
+  Item item_, upcoming_;
+  View result_;
+  int64_t channels_;
+  Run runs_[3 * 2 * kRowTile];  // result, key, value; blocks fold up to two rows
+  int next_ = 0, end_ = 0;
+};
