@@ -54,17 +54,18 @@ def per_axis(name: str, given, ndim: int, kind: type = int) -> tuple:
         TypeError: something that is neither a `kind` nor a sequence of them.
     """
 
-    def is_one(item) -> bool:
-        return isinstance(item, kind) and (kind is bool or not isinstance(item, bool))
-
-    if type(given) is kind or is_one(given):
+    if type(given) is kind or _is_one(given, kind):
         return (given,) * ndim
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != ndim:
             raise ValueError(f"{name} must be one {kind.__name__} or {ndim} of them, got {len(given)}: {given!r}")
-        if all(is_one(item) for item in given):
+        if all(_is_one(item, kind) for item in given):
             return tuple(given)
     raise TypeError(f"{name} must be {kind.__name__} or a sequence of {ndim} {kind.__name__}, got {given!r}")
+
+
+def _is_one(item, kind: type) -> bool:
+    return isinstance(item, kind) and (kind is bool or not isinstance(item, bool))
 
 
 def neighborhood_pattern(ndim: int, kernel_size, stride=1, dilation=1, is_causal=False) -> Pattern:

@@ -74,7 +74,7 @@ def check_rpb(rpb, heads, pattern: Pattern, device):
     if rpb.layout != torch.strided:
         raise TypeError(f"rpb must be a dense tensor, got {rpb.layout}")
     expected = (heads, *pattern.rpb_shape)
-    if tuple(rpb.shape) != expected:
+    if rpb.shape != expected:
         raise ValueError(f"rpb must have shape {list(expected)} (heads, 2 K - 1 per axis), got {list(rpb.shape)}")
     if rpb.device != device:
         raise ValueError(f"rpb must be on query's device, {device}, got {rpb.device}")

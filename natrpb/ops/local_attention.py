@@ -25,7 +25,8 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | Non
     """See `natrpb.reference.local_attention`: heads-last tensors in, (out, lse) out; rpb in any float dtype."""
     if not _ext.runs_compiled(query.device, "local_attention_forward"):
         return _on_reference(reference.local_attention, 3, query, key, value, rpb, pattern, scale)
-    rpb = None if rpb is None else rpb.to(_wide(query.dtype))
+    if rpb is not None and rpb.dtype != _wide(query.dtype):
+        rpb = rpb.to(_wide(query.dtype))
     return call_op("local_attention_forward", query, key, value, rpb, *pattern, scale)
 
 
@@ -33,7 +34,8 @@ def local_qk(query: Tensor, key: Tensor, rpb: Tensor | None, pattern: Pattern, f
     """See `natrpb.reference.local_qk`: heads-first tensors in, [B, h, *, T] out; rpb in any float dtype."""
     if not _ext.runs_compiled(query.device, "local_qk"):
         return _on_reference(reference.local_qk, 2, query, key, rpb, pattern, fill)
-    rpb = None if rpb is None else rpb.to(_wide(query.dtype))
+    if rpb is not None and rpb.dtype != _wide(query.dtype):
+        rpb = rpb.to(_wide(query.dtype))
     return call_op("local_qk", query, key, rpb, *pattern, fill)
 
 
