@@ -69,6 +69,31 @@ def test_memory_layout_does_not_matter(case, layout, dtype):
     assert all(torch.equal(x, y) for x, y in zip(inputs.tensors(), before)), "inputs are left alone"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+def test_offsets_beyond_two_to_the_31_elements(dtype, monkeypatch):
+    """Rows so far apart that the last ones do not fit 32 bits; memory in between is never touched, and so never there."""
+    shape, apart = (1, 10, 9, 2, 32), 1 << 28
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    try:
+        whole = torch.empty(10 * apart, dtype=dtype)
+    except RuntimeError:
+        pytest.skip(f"no address space for {10 * apart * dtype.itemsize >> 30} GiB")
+    near = Case(shape[1:3], (3, 5), heads=2, head_dim=32).inputs(dtype)
+    query, key, value, dout = (
+        whole.as_strided(shape, (whole.numel(), apart, 64, 32, 1), n * 9 * 64).copy_(x)
+        for n, x in enumerate((*near[:3], near[0]))
+    )
+    assert (value[0, -1].data_ptr() - whole.data_ptr()) // dtype.itemsize > 1 << 31
+    far = [x.requires_grad_() for x in (query, key, value, near.rpb)]
+    close_by = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in far]
+    results = []
+    for leaves in (far, close_by):
+        out, lse = ops.local_attention(*leaves, near.pattern, near.scale)
+        results.append([out, lse, *torch.autograd.grad(out, leaves, dout if leaves is far else dout.contiguous())])
+    for given, expected in zip(*results, strict=True):
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_keys_outside_the_neighborhood_are_not_read(case, dtype):
