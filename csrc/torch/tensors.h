@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -59,17 +58,13 @@ inline const char* name_of(DType dtype) {
 inline DType wide(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 inline ScalarType wide_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
-// An uninitialised contiguous tensor on the model's device. NB: new_empty would look the op up by name and box its arguments.
+// An uninitialised contiguous tensor on the model's device. NB: torch::stable::new_empty looks the op up by name every time.
 inline Tensor new_tensor(const Tensor& model, const Ints& sizes, ScalarType dtype) {
-  Ints strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  int32_t device = 0;
+  auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  const bool made = aoti_torch_get_device_type(model.get(), &device) == AOTI_TORCH_SUCCESS &&
-                    aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
-                                             model.get_device_index(), &handle) == AOTI_TORCH_SUCCESS;
-  STD_TORCH_CHECK(made, "could not allocate a tensor of shape ", listed(sizes));
+  const AOTITorchError error = aoti_torch_aten_new_empty(model.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &type,
+                                                         nullptr, nullptr, 0, nullptr, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "could not allocate a tensor of shape ", listed(sizes));
   return Tensor(handle);
 }
 
