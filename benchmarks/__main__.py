@@ -59,9 +59,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, metavar="M", help="on a GPU, begin no case after so long; the same --json continues the run"
     )
     parser.add_argument(
-        "--system-malloc",
+        "--keep-memory",
         action="store_true",
-        help="leave malloc as it is, so that page faults of fresh results are timed, too (default: freed memory is kept)",
+        help="have malloc keep freed memory, for all contenders, so that page faults of fresh results are not timed",
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write the scaling plots there")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
@@ -74,8 +74,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.device == "cpu" and (given.without or given.minutes):
         parser.error("--without and --minutes go with --device cuda")
-    if given.device == "cuda" and (given.threads or given.plot or given.system_malloc):
-        parser.error("--threads, --plot and --system-malloc go with --device cpu")
+    if given.device == "cuda" and (given.threads or given.plot or given.keep_memory):
+        parser.error("--threads, --plot and --keep-memory go with --device cpu")
     return given
 
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.device == "cuda":
         results, left = gpu_run.run(workloads, budget, console, path, given.without, given.minutes)
     else:
-        keeps = not given.system_malloc and machine.keep_freed_memory()
+        keeps = given.keep_memory and machine.keep_freed_memory()
         results = run(workloads, given.threads or sorted({1, torch.get_num_threads()}), budget, console)
         results.machine["malloc"] = "keeps freed memory" if keeps else "as it is"
         if path:

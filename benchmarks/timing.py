@@ -18,11 +18,14 @@ LONG_CALL = 0.5  # seconds; calls this long get by with fewer samples
 QUICK_CALL = 0.05  # seconds; calls shorter than this are looked at more than once before they are timed
 FAR_ABOVE = 2.0  # times the minimum: disturbed, whatever the cause
 SWITCHED_ABOVE = 1.1  # times the minimum, with the processor taken away meanwhile: disturbed
+SHARED_ABOVE = 1.5  # times the fastest pace: somebody else's work runs on the same core
+PATIENCE = 4.0  # times the budget, at most, until there are enough samples at full pace
 
 
 class Sample(NamedTuple):
     seconds: float  # of one call
     switches: int  # involuntary context switches of the process meanwhile
+    pace: float = 0.0  # seconds that a fixed piece of work took just before or after, whichever was slower
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,52 @@ class Timing:
     peak_bytes: int | None = None  # growth of the resident memory during one call
 
 
+class Pace:
+    """Times a fixed piece of work, and remembers its fastest time.
+
+    A core of a rented machine may be half of one, whose other half belongs to others. While that is busy, this work takes
+    twice as long and the kernels half as long again, though multiply-adds in registers run as fast as ever.
+    """
+
+    def __init__(self) -> None:
+        self.fastest = math.inf
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        for _ in range(4000):
+            pass
+        seconds = time.perf_counter() - start
+        self.fastest = min(self.fastest, seconds)
+        return seconds
+
+    def is_full(self, sample: Sample) -> bool:
+        return sample.pace <= SHARED_ABOVE * self.fastest
+
+
+PACE = Pace()
+
+
 def is_disturbed(sample: Sample, minimum: float) -> bool:
     """Whether something else ran meanwhile: far above the minimum, or above it with involuntary context switches."""
     limit = SWITCHED_ABOVE if sample.switches else FAR_ABOVE
     return sample.seconds > limit * minimum
 
 
-def summarize(samples: list[Sample], calls: int = 1, peak_bytes: int | None = None) -> Timing:
-    """Median and minimum of the samples that are not disturbed; the minimum itself always counts."""
-    minimum = min(sample.seconds for sample in samples)
-    kept = [sample.seconds for sample in samples if not is_disturbed(sample, minimum)]
+def summarize(samples: list[Sample], calls: int = 1, peak_bytes: int | None = None, pace: Pace = PACE) -> Timing:
+    """Median and minimum of the samples at full pace that are not disturbed; the minimum itself always counts.
+
+    Where no sample is at full pace, all are looked at, and called rejected.
+    """
+    full = [sample for sample in samples if pace.is_full(sample)]
+    steady = full or samples
+    minimum = min(sample.seconds for sample in steady)
+    kept = [sample.seconds for sample in steady if not is_disturbed(sample, minimum)]
     return Timing(
         median=statistics.median(kept),
         minimum=minimum,
         median_of_all=statistics.median(sample.seconds for sample in samples),
         samples=len(samples),
-        rejected=len(samples) - len(kept),
+        rejected=len(samples) - (len(kept) if full else 0),
         calls=calls,
         peak_bytes=peak_bytes,
     )
@@ -65,13 +98,15 @@ def involuntary_switches() -> int:
 
 def take_sample(call: Callable[[], object], calls: int = 1) -> Sample:
     """Times `calls` calls together; where they are repeated, an untimed one goes first and brings the caches back."""
+    before = PACE()
     if calls > 1:
         call()
     switches, start = involuntary_switches(), time.perf_counter()
     for _ in range(calls):
         call()
     seconds = time.perf_counter() - start
-    return Sample(seconds / calls, involuntary_switches() - switches)
+    switches = involuntary_switches() - switches
+    return Sample(seconds / calls, switches, max(before, PACE()))
 
 
 def interleave(
@@ -85,7 +120,8 @@ def interleave(
     Args:
         calls: by name; each must have run before, so that nothing is set up or compiled any more.
         budget: seconds for all together. Every contender gets an equal share, but at least three samples (two where one
-            call takes longer than `LONG_CALL`), and at most `MAX_SAMPLES`.
+            call takes longer than `LONG_CALL`), and at most `MAX_SAMPLES`. Samples below full pace do not count, until
+            they have taken `PATIENCE` times the share.
         peaks: peak memory by name, to be reported along.
         sample: takes one sample; tests replace it.
     """
@@ -103,8 +139,12 @@ def interleave(
     spent = dict.fromkeys(calls, 0.0)
 
     def wants_more(name: str) -> bool:
+        full = [sample for sample in samples[name] if PACE.is_full(sample)]
+        if spent[name] >= PATIENCE * share:
+            full = samples[name]
         needed = 2 if once[name] > LONG_CALL else 3
-        return len(samples[name]) < needed or (spent[name] < share and len(samples[name]) < MAX_SAMPLES)
+        lasted = sum(sample.seconds for sample in full) * (repeats[name] + (repeats[name] > 1))
+        return len(full) < needed or (lasted < share and len(full) < MAX_SAMPLES)
 
     while waiting := [name for name in calls if wants_more(name)]:
         for name in waiting:

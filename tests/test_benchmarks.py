@@ -29,7 +29,7 @@ from benchmarks.problems import (
     window_problem,
 )  # fmt: skip
 from benchmarks.report import Results
-from benchmarks.timing import Sample, Timing, interleave, is_disturbed, peak_memory, summarize, take_sample
+from benchmarks.timing import Pace, Sample, Timing, interleave, is_disturbed, peak_memory, summarize, take_sample
 
 from .cases import Case
 from .support import needs_compiled
@@ -72,6 +72,24 @@ class Clock:
 
 
 class TestInterleave:
+    def test_samples_below_full_pace_do_not_count(self):
+        pace = Pace()
+        pace.fastest = 1.0
+        samples = [Sample(1.0, 0, 1.1), Sample(1.2, 0, 1.0), Sample(0.9, 0, 2.0), Sample(1.5, 0, 1.9)]
+        timing = summarize(samples, pace=pace)
+        assert (timing.median, timing.minimum, timing.samples, timing.rejected) == (1.1, 1.0, 4, 2)
+
+    def test_without_any_at_full_pace_all_are_used_and_called_rejected(self):
+        pace = Pace()
+        pace.fastest = 1.0
+        timing = summarize([Sample(1.5, 0, 2.0), Sample(1.7, 0, 3.0)], pace=pace)
+        assert (timing.median, timing.samples, timing.rejected) == (1.6, 2, 2)
+
+    def test_pace_remembers_its_fastest(self):
+        pace = Pace()
+        times = [pace() for _ in range(5)]
+        assert pace.fastest == min(times) > 0
+
     def test_takes_turns_and_gives_fast_calls_more_of_them(self):
         clock = Clock({"fast": 0.01, "slow": 0.1})
         timings = interleave(clock.calls(), budget=1.0, sample=clock.sample)
