@@ -4,7 +4,6 @@
 #include "natrpb/irpe.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -32,24 +31,9 @@ const IrpeKernels& kernels() {
 
 size_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
 
-// Runs item(index, scratch) for all items.
-template <class F>
-Status run_items(ParallelFor parallel_for, int64_t items, int64_t bytes, F item) {
-  std::atomic<bool> out_of_memory = false;
-  run_parallel(parallel_for, items, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(bytes);
-    if (!scratch && bytes) {
-      out_of_memory = true;
-      return;
-    }
-    for (int64_t index = begin; index < end; ++index) item(index, scratch);
-  });
-  if (out_of_memory) return Status::error("out of memory: a thread needs " + std::to_string(bytes) + " bytes of scratch");
-  return {};
-}
-
 Status run_index(const RpeIndexParams& params, bool transposed, ParallelFor parallel_for) {
-  if (params.batch * params.heads * params.queries == 0) return {};
+  const int64_t columns = transposed ? params.index.buckets : params.keys;
+  if (params.batch * params.heads * params.queries * columns == 0) return {};
   return run_items(parallel_for, kernels().index_items(params, transposed), kernels().index_scratch(params, transposed),
                    [&](int64_t item, void* scratch) { kernels().index_item(params, transposed, item, scratch); });
 }
@@ -116,9 +100,8 @@ Status irpe_attention_backward(const IrpeAttentionParams& params, ParallelFor pa
   const Status status = run_attention(params, plan, IrpeOp::kBackward, parallel_for);
   if (!status.ok()) return status;
   if (plan.dkey + plan.dvalue + plan.dkey_rows) {
-    run_parallel(parallel_for, params.batch * params.heads, [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) kernels().attention_merge(params, plan, pair);
-    });
+    run_items(parallel_for, params.batch * params.heads, 0,
+              [&](int64_t pair, void*) { kernels().attention_merge(params, plan, pair); });
   }
   if (params.dtable) params.dtype == DType::kFloat64 ? merge_table<double>(params, plan) : merge_table<float>(params, plan);
   return {};

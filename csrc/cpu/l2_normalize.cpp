@@ -24,9 +24,7 @@ int64_t items_of(const L2NormalizeParams& params) { return params.batch * l2_ite
 void run(const L2NormalizeParams& params, ParallelFor parallel_for, void (*run_item)(const L2NormalizeParams&, int64_t)) {
   const int64_t items = items_of(params);
   if (items == 0) return;
-  run_parallel(parallel_for, items, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) run_item(params, item);
-  });
+  run_items(parallel_for, items, 0, [&](int64_t item, void*) { run_item(params, item); });
 }
 
 template <class T>

@@ -3,7 +3,6 @@
 
 #include "natrpb/local_attention.h"
 
-#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -77,23 +76,14 @@ Status run(const LocalAttentionParams& params, Op op, ParallelFor parallel_for) 
   }
   const Plan plan = plan_of(params, op);
   const int64_t bytes = kernels().scratch_bytes(params, plan, op);
-  std::atomic<bool> out_of_memory = false;
   // Boxes that share keys take turns by color: the sums of one key are formed in the order of the colors.
   const int64_t colors = needs.dkey || needs.dvalue ? plan.colors : 1;
   for (int64_t color = 0; color < colors; ++color) {
-    run_parallel(parallel_for, plan.items, [&](int64_t begin, int64_t end) {
-      void* scratch = thread_scratch(bytes);
-      if (!scratch) {
-        out_of_memory = true;
-        return;
-      }
-      for (int64_t index = begin; index < end; ++index) {
-        if (colors > 1 && locate(params, plan, index).color != color) continue;
-        kernels().run_item(params, plan, op, index, scratch);
-      }
+    const Status status = run_items(parallel_for, plan.items, bytes, [&](int64_t index, void* scratch) {
+      if (colors == 1 || locate(params, plan, index).color == color) kernels().run_item(params, plan, op, index, scratch);
     });
+    if (!status.ok()) return status;
   }
-  if (out_of_memory) return Status::error("out of memory: a thread needs " + std::to_string(bytes) + " bytes of scratch");
   if (needs.dbias) params.dtype == DType::kFloat64 ? merge_bias<double>(params, plan) : merge_bias<float>(params, plan);
   return {};
 }
