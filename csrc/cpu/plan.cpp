@@ -4,8 +4,9 @@ namespace natrpb::cpu {
 
 namespace {
 
-// A box's staged keys should stay in a core's second-level cache beside the score block.
-constexpr int64_t kScratchElements = 192 * 1024;
+// A box's staged keys should stay in a core's second-level cache beside the score block. Neighborhoods may spill into the next
+// level: what is gained there by cutting is less than halos and colored phases cost (docs/design/cpu.md).
+constexpr int64_t kWindowElements = 192 * 1024, kNeighborhoodElements = 768 * 1024;
 // Enough items to keep a few cores busy evenly, as long as the halos do not repeat more than half of the keys.
 constexpr int64_t kItemsWanted = 16;
 constexpr double kHaloAllowed = 1.5;
@@ -62,18 +63,20 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
   };
   measure();
   // Halve the outermost axis that is still long beside its kernel, until items are small and many enough.
-  while (plan.items < kItemsWanted || plan.keys_max * channels > kScratchElements) {
+  while (true) {
     const Plan before = plan;
     int cut = -1;
     for (int a = 0; a < kAxes && cut < 0; ++a) {
       if (plan.box_size[a] >= 2 * least_box(params.axis[a], a == kAxes - 1)) cut = a;
     }
     if (cut < 0) break;
+    const int64_t most = is_window(params.axis[cut]) ? kWindowElements : kNeighborhoodElements;
+    const bool too_large = plan.keys_max * channels > most;
+    if (plan.items >= kItemsWanted && !too_large) break;
     const int64_t unit = box_unit(params.axis[cut], cut == kAxes - 1);
     plan.box_size[cut] = ceil_div(ceil_div(plan.box_size[cut], 2), unit) * unit;
     measure();
     const int64_t queries = plan.box_size[0] * plan.box_size[1] * plan.box_size[2];
-    const bool too_large = before.keys_max * channels > kScratchElements;
     if (!too_large && static_cast<double>(plan.keys_max) > kHaloAllowed * static_cast<double>(queries)) return before;
   }
   return plan;
