@@ -145,9 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.device == "cuda":
         results, left = gpu_run.run(workloads, budget, console, path, given.without, given.minutes)
     else:
-        keeps = given.keep_memory and machine.keep_freed_memory()
+        if given.keep_memory and not machine.keep_freed_memory():
+            console.print("--keep-memory needs glibc's mallopt, which is not there", markup=False)
+            return 2
         results = run(workloads, given.threads or sorted({1, torch.get_num_threads()}), budget, console)
-        results.machine["malloc"] = "keeps freed memory" if keeps else "as it is"
+        results.machine["malloc"] = "keeps freed memory" if given.keep_memory else "as it is"
         if path:
             results.save(path)
     console.print("\n".join(report.header(results)), markup=False, highlight=False)

@@ -54,7 +54,7 @@ def per_axis(name: str, given, ndim: int, kind: type = int) -> tuple:
         TypeError: something that is neither a `kind` nor a sequence of them.
     """
 
-    if type(given) is kind or _is_one(given, kind):
+    if _is_one(given, kind):
         return (given,) * ndim
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != ndim:

@@ -360,6 +360,12 @@ class TestReport:
         assert process.returncode == 0, process.stderr
         assert int(process.stdout) < 1000  # of 4096 pages that each tensor takes
 
+    @needs_compiled
+    def test_memory_that_cannot_be_kept_is_not_measured_silently(self, monkeypatch, capsys):
+        monkeypatch.setattr(machine, "keep_freed_memory", lambda: False)
+        assert command.main(["--keep-memory", "--quick", "--case", "na-14x14"]) == 2
+        assert "--keep-memory needs" in capsys.readouterr().out
+
     def test_file_name_of_a_machine(self):
         given = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.10GHz", "cores": 2, "isa": "avx512"}
         assert machine.slug(given) == "intel-xeon-2.10ghz-2c-avx512"

@@ -24,10 +24,8 @@ def call_op(name: str, *args):
 
 def _is_differentiated(args: Sequence) -> bool:
     """Whether an op's autograd function must see these arguments, in reverse or forward mode; where it is not certain, too."""
-    if torch.is_grad_enabled():
-        for a in args:  # NB: a third of the time of any(...)
-            if isinstance(a, Tensor) and a.requires_grad:
-                return True
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return True
     # NB: a compiled program enters its dual levels below Python, where `_current_level` does not see them.
     transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
     return transformed or forward_ad._current_level >= 0

@@ -1,7 +1,6 @@
 // Every CUDA launcher of natrpb/irpe.h against the definition (irpe_definition.h). Built with the emulator, so the kernels' own
 // source runs here, also under sanitizers.
-#include <sys/mman.h>
-
+#include "far_rows.h"
 #include "irpe_definition.h"
 
 namespace {
@@ -77,18 +76,6 @@ std::vector<uint16_t> results_at_stride(uint16_t* memory, int64_t stride) {
   return results;
 }
 
-void test_offsets_beyond_32_bits() {
-  constexpr int64_t kNear = 128, kFar = (int64_t{1} << 30) + kNear;  // the third row lies beyond 2^31 elements
-  constexpr size_t kBytes = 2 * sizeof(uint16_t) * kFar + 4096;
-  std::vector<uint16_t> compact(4 * kNear);
-  void* sparse = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  check(sparse != MAP_FAILED, [] { return "no address space for the sparse tensor"; });
-  if (sparse == MAP_FAILED) return;
-  const bool same = results_at_stride(static_cast<uint16_t*>(sparse), kFar) == results_at_stride(compact.data(), kNear);
-  check(same, [] { return "strides beyond 32 bits change results"; });
-  munmap(sparse, kBytes);
-}
-
 // More channels than a slice, more buckets than a sweep has bins, tables that many blocks add to.
 const std::vector<IrpeCase> kCases = {
     {"channels of several slices", 1, 1, 35, 33, 72, 136, 5, 5, 5, 5, 1, true, false},
@@ -106,6 +93,6 @@ int main() {
     IrpeTest<Cuda, DType::kBFloat16>(c).run();
     IrpeTest<Cuda, DType::kFloat16>(c).run();
   }
-  test_offsets_beyond_32_bits();
+  test_offsets_beyond_32_bits(results_at_stride);
   return finish("cuda irpe");
 }

@@ -1,10 +1,7 @@
 // Every CUDA launcher against the definition (local_attention_definition.h). Built with the emulator, so the kernels' own
 // source runs here, also under sanitizers.
-#include <sys/mman.h>
 
-#include <algorithm>
-#include <cmath>
-
+#include "far_rows.h"
 #include "local_attention_definition.h"
 
 namespace {
@@ -79,27 +76,6 @@ std::vector<uint16_t> results_at_stride(uint16_t* memory, int64_t stride) {
   return results;
 }
 
-void test_offsets_beyond_32_bits() {
-  constexpr int64_t kNear = 128, kFar = (int64_t{1} << 30) + kNear;  // the third row lies beyond 2^31 elements
-  constexpr size_t kBytes = 2 * sizeof(uint16_t) * kFar + 4096;
-  std::vector<uint16_t> compact(4 * kNear);
-  void* sparse = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  check(sparse != MAP_FAILED, [] { return std::string("no address space for the sparse tensor"); });
-  if (sparse == MAP_FAILED) return;
-  const std::vector<uint16_t> far = results_at_stride(static_cast<uint16_t*>(sparse), kFar);
-  const std::vector<uint16_t> near = results_at_stride(compact.data(), kNear);
-  // Not bit by bit: the tensor-core kernels leave such strides to the plain ones.
-  using Half = Storage<DType::kFloat16>;
-  double largest = 0;
-  for (const uint16_t x : near) largest = std::max(largest, std::abs(Half::load(x)));
-  for (size_t i = 0; i < near.size(); ++i) {
-    const double got = Half::load(far[i]), want = Half::load(near[i]);
-    check(std::abs(got - want) <= 4 * Half::kEpsilon * largest,
-          [&] { return "strides beyond 32 bits: expected " + std::to_string(want) + ", got " + std::to_string(got); });
-  }
-  munmap(sparse, kBytes);
-}
-
 }  // namespace
 
 int main() {
@@ -129,6 +105,6 @@ int main() {
   test_dtype<Cuda, DType::kFloat16>(cases, {Layout::kPacked});
   const std::vector<Case> long_case = {{"several rows per warp", {one, one, neighborhood(10300, 2)}, 1, 1, 4, 4, true}};
   test_dtype<Cuda, DType::kFloat32>(long_case, {Layout::kHeadsLast});
-  test_offsets_beyond_32_bits();
+  test_offsets_beyond_32_bits(results_at_stride);
   return finish("cuda");
 }
