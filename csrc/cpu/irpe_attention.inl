@@ -221,12 +221,12 @@ struct IrpeAttention {
     const T base = top - top == T(0) ? top : T(0);  // infinite scores: inf - inf would lose lse
     Vec<T> total{};
     for (int64_t k = 0; k < chunk; k += L) {
-      const Vec<T> e = exp(load(row_p + k) - base);
+      const Vec<T> e = exp<T>(load(row_p + k) - base);
       store(row_p + k, e);
       total += e;
     }
     const T before = w.first_key ? sum[i] : T(0);
-    const T factor = before == T(0) ? T(0) : exp(splat(peak[i] - base))[0];
+    const T factor = before == T(0) ? T(0) : exp<T>(splat(peak[i] - base))[0];
     sum[i] = before * factor + sum_of<T>(total);
     peak[i] = sum[i] == T(0) ? -kInfinity<T> : base;
     return factor;
@@ -291,7 +291,7 @@ struct IrpeAttention {
       T *row_p = p + q * chunk, *row_ds = ds + q * chunk;
       const int64_t i = w.first_query - first + q;
       for (int64_t k = 0; k < chunk; k += L) {
-        const Vec<T> weight = exp(open_scores(w, q, k) - lse[i]);
+        const Vec<T> weight = exp<T>(open_scores(w, q, k) - lse[i]);
         store(row_p + k, weight);
         store(row_ds + k, weight * (load(row_ds + k) - delta[i]));
       }

@@ -17,7 +17,7 @@ struct Steps {
   int64_t width;
   int64_t jump;
 
-  Steps(int64_t step_, int64_t width_ = INT64_MAX, int64_t jump_ = 0) : step(step_), width(width_), jump(jump_) {}
+  Steps(int64_t step_ = 0, int64_t width_ = INT64_MAX, int64_t jump_ = 0) : step(step_), width(width_), jump(jump_) {}
   NATRPB_INLINE int64_t operator()(int64_t i) const { return i * step + (i >= width ? jump : 0); }
 };
 

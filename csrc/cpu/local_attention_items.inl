@@ -26,7 +26,7 @@ struct Worker {
   int64_t column_pitch;
   int64_t column_lead;              // the first key's column there: puts the keys of most blocks on a vector's boundary
   T *query_columns, *dout_columns;  // [kRowTile][channel][L]
-  T *query_tile, *dout_tile;        // [L][pitch], copies of natural rows where the tensor will not do
+  T *query_tile, *dout_tile;        // [kRowTile][L][pitch], copies of natural rows where the tensor will not do
   T* result_tile;                   // [L][pitch]
   T *score, *dscore;                // [kRowTile][slots][L]
   T *bias, *dbias;                  // [table rows][bias_pitch]; [table rows][K_2][L]
@@ -63,8 +63,8 @@ struct Worker {
     dvalue_sums = take(needs.dvalue && !sums_in_place(params.dvalue, value_depth), keys * value_pitch);
     query_columns = take(needs.scores, kRowTile * depth * L);
     dout_columns = take(needs.dscores, kRowTile * value_depth * L);
-    query_tile = take(needs.query_tile, L * key_pitch);
-    dout_tile = take(needs.dout_tile, L * value_pitch);
+    query_tile = take(needs.query_tile, kRowTile * L * key_pitch);
+    dout_tile = take(needs.dout_tile, kRowTile * L * value_pitch);
     result_tile = take(true, L * (key_pitch > value_pitch ? key_pitch : value_pitch));
     score = take(true, kRowTile * slots * L);
     dscore = take(needs.dscores, kRowTile * slots * L);
@@ -80,8 +80,6 @@ struct Worker {
   // Keys of a block of a neighborhood begin K / 2 before its first query, which is at a multiple of L.
   int64_t most_lead() const { return is_neighborhood() ? k2 / 2 % L : 0; }
 
-  int64_t position(int axis, int64_t p) const { return params.axis[axis].position(item.group[axis], p); }
-
   // Address of a row's first element in storage; the row's next columns lie column_step apart.
   S* row_start(const View& view, int64_t p0, int64_t p1, int64_t p2) const {
     return row_address<S>(params, item, view, p0, p1, p2);
@@ -94,7 +92,7 @@ struct Worker {
     return {step, block.width, view.space[1] * params.axis[1].dilation - block.width * step};
   }
 
-  // Whether a tensor can be read in place: no conversion, no padding.
+  // Whether a tensor can be read in place.
   static bool in_place(int64_t channels) { return std::is_same_v<S, T> && channels % L == 0; }
   // Whether a box of keys finds room in the caches as it lies. Columns far apart, as of many heads, share a few of the caches'
   // sets, worst at powers of two: up to four heads in place is faster or equal, with eight the copy is (docs/design/cpu.md).
@@ -133,8 +131,7 @@ struct Worker {
   }
   // The item's keys in a tensor of the compute type.
   void place_rows(const View& view, int64_t channels, Rows<T>& rows) const {
-    const int64_t at[kAxes] = {position(0, item.key_lo[0]), position(1, item.key_lo[1]), position(2, item.key_lo[2])};
-    rows.data = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
+    rows.data = row_address<T>(params, item, view, item.key_lo[0], item.key_lo[1], item.key_lo[2]);
     for (int a = 0; a < kAxes; ++a) rows.step[a] = view.space[a] * params.axis[a].dilation;
     rows.channels = channels;
   }
@@ -189,9 +186,6 @@ struct Worker {
   int64_t bias_row(int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
     return params.axis[0].bias_index(p0, r0 + item.key_lo[0]) * table1 + params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
   }
-  int64_t slot_row(const KeyRows& rows, int64_t r0, int64_t r1) const {
-    return ((r0 - rows.axis0.first) * kernel.size1 + r1 - rows.axis1.first) * k2;
-  }
   // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, block.row(p1, r)), r < count.
   void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
               int64_t channels, bool with_bias, T* to) {
@@ -202,28 +196,28 @@ struct Worker {
     args.bias_lanes = &block.bias_lanes;
     const int64_t tiles = ceil_div(k2, kSlotTile), tile = ceil_div(k2, tiles);
     const bool bias_in_tile = with_bias && block.fold == 1;
-    for (int64_t r0 = rows[0].axis0.first; r0 <= rows[0].axis0.last; ++r0) {
-      int begin = 0, end = 0;  // the query rows that see key row r1; both only grow
-      for (int64_t r1 = rows[0].axis1.first; r1 <= rows[count - 1].axis1.last; ++r1) {
-        while (end < count && rows[end].axis1.first <= r1) ++end;
-        while (begin < end && rows[begin].axis1.last < r1) ++begin;
-        if (begin == end) continue;
-        stream.next();
-        for (int64_t t = 0; t < k2; t += tile) {
-          const int64_t n = min_of(tile, k2 - t);
-          args.query = query + begin * channels * L;
-          args.key = key + (r0 * item.key_n[1] + r1) * channels * column_pitch + column_lead + block.first[0] + t;
-          for (int r = begin; r < end; ++r) {
-            args.bias[r - begin] = bias_in_tile ? bias_of(block, p0, block.row(p1, r), r0, r1) + t : no_bias;
-            args.score[r - begin] = to + (r * slots + slot_row(rows[r], r0, r1) + t) * L;
-          }
-          const Reach reach = block.key_lanes.reach;
-          const bool aligned =
-              kShiftsIn && reach == Reach::kConsecutive && block.live == L && (column_lead + block.first[0] + t) % L == 0;
-          pick_score_tile<T>(end - begin, static_cast<int>(n), aligned ? Reach::kAligned : reach)(args);
-        }
-      }
+    int64_t score_start[kRowTile], bias_start[kRowTile] = {};  // of key row (0, 0): the others follow linearly
+    for (int r = 0; r < count; ++r) {
+      score_start[r] = (r * slots + first_slot(rows[r], kernel, 0, 0)) * L;
+      if (bias_in_tile) bias_start[r] = bias_row(p0, block.row(p1, r), 0, 0) * bias_pitch + block.bias_base;
     }
+    args.score = to;
+    args.bias = bias_in_tile ? bias : no_bias;
+    const int64_t key_start = column_lead + block.first[0], key_row_size = channels * column_pitch;
+    for_shared_rows(rows, count, [&](int64_t r0, int64_t r1, int begin, int end) NATRPB_LAMBDA {
+      stream.next();
+      args.query = query + begin * channels * L;
+      args.score_start = score_start + begin;
+      args.bias_start = bias_start + begin;
+      for (int64_t t = 0; t < k2; t += tile) {
+        args.key = key + (r0 * item.key_n[1] + r1) * key_row_size + key_start + t;
+        args.score_at = (slots_of(kernel, r0, r1) + t) * L;
+        args.bias_at = bias_in_tile ? (r0 * table1 + r1) * bias_pitch + t : 0;
+        const Reach reach = block.key_lanes.reach;
+        const bool aligned = kShiftsIn && reach == Reach::kConsecutive && block.live == L && (key_start + t) % L == 0;
+        pick_score_tile<T>(end - begin, static_cast<int>(min_of(tile, k2 - t)), aligned ? Reach::kAligned : reach)(args);
+      }
+    });
     for (int r = 0; with_bias && !bias_in_tile && r < count; ++r) {
       add_folded_bias(block, p0, block.row(p1, r), rows[r], to + r * slots * L);
     }
@@ -249,18 +243,18 @@ struct Worker {
 
   // Reads one number per live lane from a view with one channel; the other lanes are zero.
   Vec<T> load_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block) const {
-    Vec<T> v{};
-    const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
-    const T* from = static_cast<const T*>(view.data) + view.offset(item.batch, item.head, at);
+    const T* from = row_address<T>(params, item, view, p0, p1, block.column);
     const Steps steps = lane_steps(view, block);
-    for (int l = 0; l < block.live; ++l) v[l] = from[steps(l)];
-    return v;
+    T numbers[L] = {};
+    for (int l = 0; l < block.live; ++l) numbers[l] = from[steps(l)];
+    return load(numbers);
   }
   void store_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block, Vec<T> v) const {
-    const int64_t at[kAxes] = {position(0, p0), position(1, p1), position(2, block.column)};
-    T* to = static_cast<T*>(view.data) + view.offset(item.batch, item.head, at);
+    T* to = row_address<T>(params, item, view, p0, p1, block.column);
     const Steps steps = lane_steps(view, block);
-    for (int l = 0; l < block.live; ++l) to[steps(l)] = v[l];
+    T numbers[L];
+    store(numbers, v);
+    for (int l = 0; l < block.live; ++l) to[steps(l)] = numbers[l];
   }
   // Writes factor[lane] * sum_t p[t][lane] * x[t] to the block's queries in `view`, in place or through a tile.
   void store_sums(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const KeyRows& rows, const T* p,
@@ -276,6 +270,15 @@ struct Worker {
     }
   }
 
+  // dx += p^T x for `count` query rows of a block, x their natural rows in `view`, times `factor`.
+  void scatter_rows(const View& view, int64_t p0, int64_t p1, int count, const Block<T>& block, const KeyRows* rows,
+                    int64_t channels, T factor, T* tile, const T* p, const Rows<T>& dx) const {
+    ScatterSource<T> x[kRowTile];
+    for (int r = 0; r < count; ++r) {
+      x[r] = block_rows(view, p0, block.row(p1, r), block, channels, factor, tile + r * L * padded(channels));
+    }
+    scatter(p, slots * L, block, rows, count, kernel, x, dx);
+  }
   // attn[query][slot] <-> p[slot][lane]
   void store_attn(int64_t p0, int64_t p1, const Block<T>& block, const T* p) const {
     copy_slots(p, slots, row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live);
@@ -347,7 +350,6 @@ struct Worker {
   }
 
   // ---- ops ----
-
   void forward() {
     stream.begin(item, params.out, value_depth);
     for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
@@ -386,12 +388,10 @@ struct Worker {
                                   params.dlse.data ? load_scalars(params.dlse, p0, block.row(p1, r), block) : Vec<T>{}, slots,
                                   p, dp);
             store_sums(params.dquery, p0, block.row(p1, r), block, rows[r], dp, key_rows, depth, splat(scale));
-            scatter(dp, block, rows[r], kernel, block_rows(params.query, p0, block.row(p1, r), block, depth, scale, query_tile),
-                    dkey_rows);
-            scatter(p, block, rows[r], kernel,
-                    block_rows(params.dout, p0, block.row(p1, r), block, value_depth, T(1), dout_tile), dvalue_rows);
             if (needs.dbias) add_bias_grad(p0, block.row(p1, r), rows[r], dp);
           }
+          scatter_rows(params.query, p0, p1, count, block, rows, depth, scale, query_tile, dscore, dkey_rows);
+          scatter_rows(params.dout, p0, p1, count, block, rows, value_depth, T(1), dout_tile, score, dvalue_rows);
         },
         [&](const Block<T>& block) {
           if (needs.dbias) flush_bias(block, table);
@@ -429,7 +429,7 @@ struct Worker {
   }
   void av_transposed() {
     for_attn([&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-      scatter(score, block, rows, kernel, block_rows(params.dout, p0, p1, block, value_depth, T(1), dout_tile), dvalue_rows);
+      scatter_rows(params.dout, p0, p1, 1, block, &rows, value_depth, T(1), dout_tile, score, dvalue_rows);
     });
     store_keys();
   }
@@ -459,13 +459,13 @@ struct Worker {
   // Calls key(address in view, r0, r1, column, whether nothing was added there before) for the item's keys.
   template <class Out, class F>
   void for_keys(const View& view, F&& key) const {
+    const Interval fresh[kAxes] = {item.fresh(params.axis, 0), item.fresh(params.axis, 1), item.fresh(params.axis, 2)};
+    const int64_t step = column_step(view);
     for_key_rows([&](int64_t r0, int64_t r1) {
-      const bool fresh_row = item.is_fresh(params.axis, 0, r0) && item.is_fresh(params.axis, 1, r1);
+      Out* row = row_address<Out>(params, item, view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]);
+      const bool fresh_row = fresh[0].contains(r0) && fresh[1].contains(r1);
       for (int64_t column = 0; column < item.key_n[2]; ++column) {
-        const int64_t at[kAxes] = {position(0, item.key_lo[0] + r0), position(1, item.key_lo[1] + r1),
-                                   position(2, item.key_lo[2] + column)};
-        key(static_cast<Out*>(view.data) + view.offset(item.batch, item.head, at), r0, r1, column,
-            fresh_row && item.is_fresh(params.axis, 2, column));
+        key(row + column * step, r0, r1, column, fresh_row && fresh[2].contains(column));
       }
     });
   }
@@ -478,7 +478,7 @@ struct Worker {
     }
     place_rows(view, channels, rows);
     for_keys<T>(view, [&](T* to, int64_t, int64_t, int64_t, bool fresh) {
-      if (fresh) clear(to, channels);
+      for (int64_t c = 0; fresh && c < channels; c += L) store(to + c, Vec<T>{});
     });
   }
   // Brings sums that did not grow in place to the tensor.

@@ -43,7 +43,7 @@ NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots) {
   const Vec<T> peak = largest - largest == T(0) ? largest : Vec<T>{};  // infinite scores: inf - inf would lose lse
   Vec<T> sum{};
   for (t = 0; t < slots; ++t) {
-    const Vec<T> e = exp(load(p + t * L) - peak);
+    const Vec<T> e = exp<T>(load(p + t * L) - peak);
     store(p + t * L, e);
     sum += e;
   }
@@ -56,7 +56,7 @@ NATRPB_INLINE void differentiate_softmax(Vec<T> lse, Vec<T> dlse, int64_t slots,
   constexpr int L = kLanes<T>;
   Vec<T> delta{};
   for (int64_t t = 0; t < slots; ++t) {
-    const Vec<T> weight = exp(load(p + t * L) - lse);
+    const Vec<T> weight = exp<T>(load(p + t * L) - lse);
     store(p + t * L, weight);
     delta += weight * load(dp + t * L);
   }

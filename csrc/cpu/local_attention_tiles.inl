@@ -77,8 +77,12 @@ struct ScoreArgs {
   int64_t pitch;
   const LaneMap<T>* key_lanes;
   const LaneMap<T>* bias_lanes;
-  const T* bias[kRowTile];  // of every query row: table row at the block's base column and the tile's first slot
-  T* score[kRowTile];       // [slots][kLanes], of every query row
+  // Query row r of the tile: its scores begin at score[score_at + score_start[r]], its table row, at the block's base column and
+  // the tile's first slot, at bias[bias_at + bias_start[r]].
+  T* score;
+  const T* bias;
+  int64_t score_at, bias_at;
+  const int64_t *score_start, *bias_start;
 };
 
 // score[r][t] = bias[r][t] + sum_c query[r][c] * key[c][t], summed in runs of channels: a single long chain of fp32 additions,
@@ -87,7 +91,7 @@ template <class T, int ROWS, int SLOTS, Reach R>
 void score_tile(const ScoreArgs<T>& args) {
   constexpr int L = kLanes<T>;
   constexpr int64_t kRun = 32;
-  const LaneMap<T> lanes = *args.key_lanes;
+  const LaneMap<T> lanes = *args.key_lanes, bias_lanes = *args.bias_lanes;
   const int64_t depth = args.depth;
   const T* key = args.key;
   const T* query = args.query;
@@ -110,12 +114,14 @@ void score_tile(const ScoreArgs<T>& args) {
     }
     const auto add_to = [&](auto first) NATRPB_LAMBDA {
       unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
+        constexpr int i = decltype(r)::value;
+        T* score = args.score + (args.score_at + args.score_start[i]);
+        const T* bias = args.bias + (args.bias_at + args.bias_start[i]);
         unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-          constexpr int i = decltype(r)::value, j = decltype(t)::value;
-          T* score = args.score[i] + j * L;
+          constexpr int j = decltype(t)::value;
           const Vec<T> before =
-              decltype(first)::value ? load_lanes<T, Reach::kWithin>(args.bias[i] + j, *args.bias_lanes) : load(score);
-          store(score, before + acc[i][j]);
+              decltype(first)::value ? load_lanes<T, Reach::kWithin>(bias + j, bias_lanes) : load(score + j * L);
+          store(score + j * L, before + acc[i][j]);
         });
       });
     };
@@ -252,10 +258,10 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
 // Queries of a sum or scatter tile at most. NB: two vectors of channels each are in registers.
 inline constexpr int kQueryTile = NATRPB_VECTOR_BYTES == 64 ? 8 : 4;
 
-// Calls tile(Const<queries>, Const<reach>, lane) for groups of neighboring lanes that for_columns can walk.
-template <class T, class F>
+// Calls tile(Const<queries>, Const<reach>, lane) for groups of up to MOST neighboring lanes that for_columns can walk.
+template <int MOST, class T, class F>
 NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F&& tile) {
-  constexpr int kMost = kLanes<T> < kQueryTile ? kLanes<T> : kQueryTile, kHalf = kMost / 2;
+  constexpr int kMost = kLanes<T> < MOST ? kLanes<T> : MOST, kHalf = kMost / 2;
   constexpr Const<static_cast<int>(Reach::kConsecutive)> consecutive;
   constexpr Const<static_cast<int>(Reach::kSame)> same;
   for (int64_t lane = 0; lane < block.live;) {
@@ -283,12 +289,32 @@ NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F
   }
 }
 
+// Slots of k0 planes and k1 rows of a kernel.
+NATRPB_INLINE int64_t slots_of(const Kernel& kernel, int64_t k0, int64_t k1) { return (k0 * kernel.size1 + k1) * kernel.size2; }
+// First slot of key row (k0, k1): linear in both, so that of row (0, 0), which need not exist, plus slots_of(kernel, k0, k1).
+NATRPB_INLINE int64_t first_slot(const KeyRows& rows, const Kernel& kernel, int64_t k0, int64_t k1) {
+  return slots_of(kernel, k0 - rows.axis0.first, k1 - rows.axis1.first);
+}
+
 // Calls row(first slot of the key row, k0, k1) for every key row that a query row sees.
 template <class F>
 NATRPB_INLINE void for_rows(const KeyRows& rows, const Kernel& kernel, F&& row) {
   for (int64_t k0 = rows.axis0.first; k0 <= rows.axis0.last; ++k0) {
     for (int64_t k1 = rows.axis1.first; k1 <= rows.axis1.last; ++k1) {
-      row(((k0 - rows.axis0.first) * kernel.size1 + k1 - rows.axis1.first) * kernel.size2, k0, k1);
+      row(first_slot(rows, kernel, k0, k1), k0, k1);
+    }
+  }
+}
+
+// Calls row(k0, k1, begin, end) for every key row that any of `count` query rows sees, and those that see it: begin .. end - 1.
+template <class F>
+NATRPB_INLINE void for_shared_rows(const KeyRows* rows, int count, F&& row) {
+  for (int64_t k0 = rows[0].axis0.first; k0 <= rows[0].axis0.last; ++k0) {
+    int begin = 0, end = 0;  // both only grow
+    for (int64_t k1 = rows[0].axis1.first; k1 <= rows[count - 1].axis1.last; ++k1) {
+      while (end < count && rows[end].axis1.first <= k1) ++end;
+      while (begin < end && rows[begin].axis1.last < k1) ++begin;
+      if (begin < end) row(k0, k1, begin, end);
     }
   }
 }
@@ -341,33 +367,59 @@ struct ScatterSource {
   T factor;
 };
 
-// dx[first_i + t][channel] += p[t][lane + i] * x[i][channel] over all key rows; x stays in registers.
-template <class T, int QUERIES, int VECTORS, Reach R>
-void scatter_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const ScatterSource<T>& x,
-                  int64_t lane, int64_t channel, const Rows<T>& dx) {
-  constexpr int L = kLanes<T>;
-  Vec<T> query[QUERIES][VECTORS];
-  const T* from = x.data + x.steps(lane) + channel;
-  unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-      constexpr int n = decltype(i)::value, m = decltype(v)::value;
-      query[n][m] = load(from + n * x.steps.step + m * L) * x.factor;
+// Calls body(Const<begin>, Const<end>) for the range of query rows begin .. end - 1 of ROWS, begin < end.
+template <int ROWS, class F>
+NATRPB_INLINE void with_rows(int begin, int end, F&& body) {
+  unroll<ROWS>([&](auto b) NATRPB_LAMBDA {
+    unroll<ROWS - decltype(b)::value>([&](auto n) NATRPB_LAMBDA {
+      constexpr int kBegin = decltype(b)::value, kEnd = kBegin + decltype(n)::value + 1;
+      if (begin == kBegin && end == kEnd) body(Const<kBegin>{}, Const<kEnd>{});
     });
   });
-  for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
-    const T* weights = p + slot * L + lane;
-    T* target = dx.at(k0, k1, block.first[lane]) + channel;
-    for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
-      Vec<T> acc[VECTORS];
-      unroll<VECTORS>(
-          [&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] = load(target + column * dx.step[2] + decltype(v)::value * L); });
-      meets([&](auto i, int64_t t) NATRPB_LAMBDA {
-        const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
-        unroll<VECTORS>([&](auto v)
-                            NATRPB_LAMBDA { acc[decltype(v)::value] += w * query[decltype(i)::value][decltype(v)::value]; });
+}
+
+// dx[first_i + t][channel] += p[r][t][lane + i] * x[r][i][channel] over all key rows and ROWS query rows; x stays in registers,
+// and what several query rows add to a key meets there: FMAs wait for stores (docs/design/cpu.md).
+template <class T, int ROWS, int QUERIES, int VECTORS, Reach R>
+void scatter_tile(const T* p, int64_t p_step, const Block<T>& block, const KeyRows* rows, const Kernel& kernel,
+                  const ScatterSource<T>* x, int64_t lane, int64_t channel, const Rows<T>& dx) {
+  constexpr int L = kLanes<T>;
+  Vec<T> query[ROWS][QUERIES][VECTORS];
+  int64_t start[ROWS];  // of key row (0, 0)'s weights: the others follow linearly
+  unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
+    constexpr int row = decltype(r)::value;
+    start[row] = row * p_step + first_slot(rows[row], kernel, 0, 0) * L + lane;
+    const T* from = x[row].data + x[row].steps(lane) + channel;
+    unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        constexpr int n = decltype(i)::value, m = decltype(v)::value;
+        query[row][n][m] = load(from + n * x[row].steps.step + m * L) * x[row].factor;
       });
-      unroll<VECTORS>(
-          [&](auto v) NATRPB_LAMBDA { store(target + column * dx.step[2] + decltype(v)::value * L, acc[decltype(v)::value]); });
+    });
+  });
+  const int64_t step = dx.step[2], count = block.count[lane];  // NB: GCC would load them again after every store
+  for_shared_rows(rows, ROWS, [&](int64_t k0, int64_t k1, int begin, int end) NATRPB_LAMBDA {
+    T* target = dx.at(k0, k1, block.first[lane]) + channel;
+    const int64_t offset = slots_of(kernel, k0, k1) * L;
+    with_rows<ROWS>(begin, end, [&](auto first, auto last) NATRPB_LAMBDA {
+      constexpr int kFirst = decltype(first)::value, kCount = decltype(last)::value - kFirst;
+      const T* weights[kCount];
+      unroll<kCount>([&](auto n)
+                         NATRPB_LAMBDA { weights[decltype(n)::value] = p + (start[kFirst + decltype(n)::value] + offset); });
+      for_columns<QUERIES, R>(count, [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
+        T* to = target + column * step;
+        Vec<T> acc[VECTORS];
+        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] = load(to + decltype(v)::value * L); });
+        meets([&](auto i, int64_t t) NATRPB_LAMBDA {
+          unroll<kCount>([&](auto n) NATRPB_LAMBDA {
+            constexpr int r = kFirst + decltype(n)::value;
+            const Vec<T> w = splat(weights[decltype(n)::value][t * L + decltype(i)::value]);
+            unroll<VECTORS>(
+                [&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] += w * query[r][decltype(i)::value][decltype(v)::value]; });
+          });
+        });
+        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { store(to + decltype(v)::value * L, acc[decltype(v)::value]); });
+      });
     });
   });
 }
@@ -385,7 +437,7 @@ NATRPB_INLINE void for_channels(int64_t channels, F&& chunk) {
 template <class T>
 void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x,
                   const SumTarget<T>& out) {
-  for_lane_groups(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
+  for_lane_groups<kQueryTile>(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
     for_channels<T>(x.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
       constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
       sum_tile<T, Q, V, static_cast<Reach>(decltype(reach)::value)>(p, block, rows, kernel, x, lane, channel, out);
@@ -393,15 +445,20 @@ void weighted_sum(const T* p, const Block<T>& block, const KeyRows& rows, const 
   });
 }
 
-// The transpose: dx_j(lane,t)[channel] += p[t][lane] * x[lane][channel].
+// The transpose, for `count` query rows: dx_j(lane,t)[channel] += p[r][t][lane] * x[r][lane][channel]; p of a row is p_step numbers.
 template <class T>
-void scatter(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const ScatterSource<T>& x,
-             const Rows<T>& dx) {
-  for_lane_groups(block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
-    for_channels<T>(dx.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
-      constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
-      constexpr Reach R = static_cast<Reach>(decltype(reach)::value);
-      scatter_tile<T, Q, V, R>(p, block, rows, kernel, x, lane, channel, dx);
-    });
+void scatter(const T* p, int64_t p_step, const Block<T>& block, const KeyRows* rows, int count, const Kernel& kernel,
+             const ScatterSource<T>* x, const Rows<T>& dx) {
+  unroll<kRowTile>([&](auto n) NATRPB_LAMBDA {
+    constexpr int kRows = decltype(n)::value + 1;
+    if (count != kRows) return;
+    for_lane_groups<kRows == 1 ? kQueryTile : kQueryTile / 2>(
+        block, kernel.size2, [&](auto queries, auto reach, int64_t lane) NATRPB_LAMBDA {
+          for_channels<T>(dx.channels, [&](auto vectors, int64_t channel) NATRPB_LAMBDA {
+            constexpr int Q = decltype(queries)::value, V = decltype(vectors)::value;
+            constexpr Reach R = static_cast<Reach>(decltype(reach)::value);
+            scatter_tile<T, kRows, Q, V, R>(p, p_step, block, rows, kernel, x, lane, channel, dx);
+          });
+        });
   });
 }

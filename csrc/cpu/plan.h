@@ -44,12 +44,13 @@ struct Item {
 
   int64_t keys() const { return key_n[0] * key_n[1] * key_n[2]; }
 
-  // Whether no box of an earlier color has written to a key, relative to key_lo, on axis a.
-  bool is_fresh(const Axis* axes, int a, int64_t key) const {
-    if (!(color >> a & 1)) return true;
-    const bool before = lo[a] > 0 && key_lo[a] + key <= axes[a].keys(lo[a] - 1, size[a]).last;
-    const bool behind = hi[a] < size[a] && key_lo[a] + key >= axes[a].keys(hi[a], size[a]).first;
-    return !before && !behind;
+  // The keys on axis a, relative to key_lo, that no box of an earlier color has written to.
+  Interval fresh(const Axis* axes, int a) const {
+    Interval keys{0, key_n[a] - 1};
+    if (!(color >> a & 1)) return keys;
+    if (lo[a] > 0) keys.first = max_of(keys.first, axes[a].keys(lo[a] - 1, size[a]).last + 1 - key_lo[a]);
+    if (hi[a] < size[a]) keys.last = min_of(keys.last, axes[a].keys(hi[a], size[a]).first - 1 - key_lo[a]);
+    return keys;
   }
 };
 
