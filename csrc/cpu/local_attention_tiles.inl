@@ -332,15 +332,16 @@ template <class T, int QUERIES, int VECTORS, Reach R>
 void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kernel& kernel, const Rows<T>& x, int64_t lane,
               int64_t channel, const SumTarget<T>& out) {
   constexpr int L = kLanes<T>;
+  const int64_t step = x.step[2], count = block.count[lane];
   Vec<T> acc[QUERIES][VECTORS] = {};
   for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
     const T* weights = p + slot * L + lane;
     const T* source = x.at(k0, k1, block.first[lane]) + channel;
-    for_columns<QUERIES, R>(block.count[lane], [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
+    for_columns<QUERIES, R>(count, [&](int64_t, auto&& meets) NATRPB_LAMBDA {
       Vec<T> row[VECTORS];
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        row[decltype(v)::value] = in_register(load(source + column * x.step[2] + decltype(v)::value * L));
-      });
+      unroll<VECTORS>([&](auto v)
+                          NATRPB_LAMBDA { row[decltype(v)::value] = in_register(load(source + decltype(v)::value * L)); });
+      source += step;
       meets([&](auto i, int64_t t) NATRPB_LAMBDA {
         const Vec<T> w = splat(weights[t * L + decltype(i)::value]);
         unroll<VECTORS>([&](auto v)
@@ -406,19 +407,24 @@ void scatter_tile(const T* p, int64_t p_step, const Block<T>& block, const KeyRo
       const T* weights[kCount];
       unroll<kCount>([&](auto n)
                          NATRPB_LAMBDA { weights[decltype(n)::value] = p + (start[kFirst + decltype(n)::value] + offset); });
-      for_columns<QUERIES, R>(count, [&](int64_t column, auto&& meets) NATRPB_LAMBDA {
-        T* to = target + column * step;
-        Vec<T> acc[VECTORS];
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] = load(to + decltype(v)::value * L); });
+      T* to = target;
+      for_columns<QUERIES, R>(count, [&](int64_t, auto&& meets) NATRPB_LAMBDA {
+        Vec<T> acc[2][VECTORS] = {};  // two chains: half the latency
+        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[0][decltype(v)::value] = load(to + decltype(v)::value * L); });
         meets([&](auto i, int64_t t) NATRPB_LAMBDA {
           unroll<kCount>([&](auto n) NATRPB_LAMBDA {
-            constexpr int r = kFirst + decltype(n)::value;
-            const Vec<T> w = splat(weights[decltype(n)::value][t * L + decltype(i)::value]);
-            unroll<VECTORS>(
-                [&](auto v) NATRPB_LAMBDA { acc[decltype(v)::value] += w * query[r][decltype(i)::value][decltype(v)::value]; });
+            constexpr int r = decltype(n)::value, chain = (decltype(i)::value * kCount + r) % 2;
+            const Vec<T> w = splat(weights[r][t * L + decltype(i)::value]);
+            unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+              acc[chain][decltype(v)::value] += w * query[kFirst + r][decltype(i)::value][decltype(v)::value];
+            });
           });
         });
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { store(to + decltype(v)::value * L, acc[decltype(v)::value]); });
+        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+          constexpr int m = decltype(v)::value;
+          store(to + m * L, acc[0][m] + acc[1][m]);
+        });
+        to += step;
       });
     });
   });
