@@ -19,15 +19,16 @@ struct LaneMap {
 
 template <class T>
 NATRPB_INLINE LaneMap<T> map_lanes(const int64_t* position, int64_t base, int64_t live) {
-  LaneMap<T> map;
+  CountOf<T> offset[kLanes<T>];
   bool consecutive = true, same = true;
   for (int l = 0; l < kLanes<T>; ++l) {
-    const int64_t offset = position[l < live ? l : live - 1] - base;
-    map.offset[l] = static_cast<CountOf<T>>(offset);
-    consecutive &= l >= live || offset == l;
-    same &= offset == 0;
+    offset[l] = static_cast<CountOf<T>>(position[l] - base);
+    consecutive &= (l >= live) | (offset[l] == l);
+    same &= offset[l] == 0;
   }
+  LaneMap<T> map;
   map.reach = same ? Reach::kSame : consecutive ? Reach::kConsecutive : Reach::kWithin;
+  __builtin_memcpy(&map.offset, offset, sizeof offset);
   return map;
 }
 
@@ -173,28 +174,33 @@ struct Block {
 // since bias_first = first - p + K - 1 moves by less than first does.
 template <class T>
 Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size, int64_t key_lo, int fold) {
+  constexpr int L = kLanes<T>;
   Block<T> block;
   block.column = column;
-  const int64_t first = axis.keys(column, size).first;
-  block.width = 1;
-  while (block.width < kLanes<T> && column + block.width < end &&
-         axis.keys(column + block.width, size).first - first < kLanes<T>) {
-    ++block.width;
-  }
   block.fold = fold;
-  block.live = static_cast<int>(block.width) * fold;
   block.least = axis.kernel_size;
   block.bias_base = 2 * axis.kernel_size;
-  for (int l = 0; l < kLanes<T>; ++l) {
-    const int64_t p = column + min_of(l, block.live - 1) % block.width;
+  int width = 0;
+  for (int64_t p = column; width < L && p < end; ++width, ++p) {
     const Interval keys = axis.keys(p, size);
-    block.first[l] = keys.first - key_lo;
-    block.count[l] = keys.count();
-    block.bias_first[l] = axis.bias_index(p, keys.first);
-    block.counts[l] = static_cast<CountOf<T>>(block.count[l]);
-    block.least = min_of(block.least, block.count[l]);
-    block.bias_base = min_of(block.bias_base, block.bias_first[l]);
+    block.first[width] = keys.first - key_lo;
+    if (block.first[width] - block.first[0] >= L) break;
+    block.count[width] = keys.count();
+    block.bias_first[width] = axis.bias_index(p, keys.first);
+    block.least = min_of(block.least, block.count[width]);
+    block.bias_base = min_of(block.bias_base, block.bias_first[width]);
   }
+  block.width = width;
+  block.live = width * fold;
+  for (int l = width; l < L; ++l) {
+    const int like = l < block.live ? l - width : width - 1;
+    block.first[l] = block.first[like];
+    block.count[l] = block.count[like];
+    block.bias_first[l] = block.bias_first[like];
+  }
+  CountOf<T> counts[L];
+  for (int l = 0; l < L; ++l) counts[l] = static_cast<CountOf<T>>(block.count[l]);
+  __builtin_memcpy(&block.counts, counts, sizeof counts);
   block.key_lanes = map_lanes<T>(block.first, block.first[0], block.live);
   block.bias_lanes = map_lanes<T>(block.bias_first, block.bias_base, block.live);
   return block;
