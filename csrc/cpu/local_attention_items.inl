@@ -210,12 +210,13 @@ struct Worker {
       args.score_start = score_start + begin;
       args.bias_start = bias_start + begin;
       for (int64_t t = 0; t < k2; t += tile) {
-        args.key = key + (r0 * item.key_n[1] + r1) * key_row_size + key_start + t;
+        const int64_t n = min_of(tile, k2 - t), past = (key_start + t) % L;
+        const Reach reach = key_reach(block, past, n);
+        args.past = past;
+        args.key = key + (r0 * item.key_n[1] + r1) * key_row_size + key_start + t - (reach == Reach::kAcross ? past : 0);
         args.score_at = (slots_of(kernel, r0, r1) + t) * L;
         args.bias_at = bias_in_tile ? (r0 * table1 + r1) * bias_pitch + t : 0;
-        const Reach reach = block.key_lanes.reach;
-        const bool aligned = kShiftsIn && reach == Reach::kConsecutive && block.live == L && (key_start + t) % L == 0;
-        pick_score_tile<T>(end - begin, static_cast<int>(min_of(tile, k2 - t)), aligned ? Reach::kAligned : reach)(args);
+        pick_score_tile<T>(end - begin, static_cast<int>(n), reach)(args);
       }
     });
     for (int r = 0; with_bias && !bias_in_tile && r < count; ++r) {
@@ -223,15 +224,11 @@ struct Worker {
     }
   }
 
-  // The table row of a pair of rows, at the block's base column.
-  const T* bias_of(const Block<T>& block, int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
-    return bias + bias_row(p0, p1, r0, r1) * bias_pitch + block.bias_base;
-  }
   // Adds the bias to the scores of a block over two query rows: the second row's table row is the one before.
   void add_folded_bias(const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows, T* p) const {
     const auto second = lane_numbers<T>() >= static_cast<CountOf<T>>(block.width);
     for_rows(rows, kernel, [&](int64_t slot, int64_t r0, int64_t r1) {
-      const T* table = bias_of(block, p0, p1, r0, r1);
+      const T* table = bias + bias_row(p0, p1, r0, r1) * bias_pitch + block.bias_base;
       for (int64_t t = 0; t < k2; ++t) {
         const Vec<T> first_row = load_lanes<T, Reach::kWithin>(table + t, block.bias_lanes);
         const Vec<T> second_row = load_lanes<T, Reach::kWithin>(table - bias_pitch + t, block.bias_lanes);

@@ -8,12 +8,14 @@
 // Each multiply-add of the op happens in one of the three.
 
 // How the lanes of a block reach into a row of memory: lane l reads p[offset[l]], 0 <= offset[l] < kLanes.
-// kAligned is kConsecutive where p is on a vector's boundary.
-enum class Reach { kConsecutive, kSame, kWithin, kAligned };  // offset[l] = l; all 0; any; l
+// Where a vector's boundary is known, two aligned loads serve all slots: kAligned is kConsecutive with p on a boundary, kAcross
+// any reach into the two vectors that p's own begins. A load that crosses cache lines takes the time of two.
+enum class Reach { kConsecutive, kSame, kWithin, kAligned, kAcross };  // offset[l] = l; all 0; any; l; any
 
 template <class T>
 struct LaneMap {
   Reach reach;
+  int64_t furthest;  // the largest offset
   Index<T> offset;
 };
 
@@ -27,6 +29,8 @@ NATRPB_INLINE LaneMap<T> map_lanes(const int64_t* position, int64_t base, int64_
     same &= offset[l] == 0;
   }
   LaneMap<T> map;
+  map.furthest = 0;
+  for (int l = 0; l < kLanes<T>; ++l) map.furthest = max_of(map.furthest, position[l] - base);
   map.reach = same ? Reach::kSame : consecutive ? Reach::kConsecutive : Reach::kWithin;
   __builtin_memcpy(&map.offset, offset, sizeof offset);
   return map;
@@ -43,29 +47,6 @@ NATRPB_INLINE Vec<T> load_lanes(const T* p, const LaneMap<T>& map) {
   }
 }
 
-// Whether one instruction takes any kLanes neighboring lanes of two vectors.
-#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
-inline constexpr bool kShiftsIn = true;
-#else
-inline constexpr bool kShiftsIn = false;
-#endif
-
-// Lanes J .. J + kLanes - 1 of a and b behind one another.
-template <int J, class T>
-NATRPB_INLINE Vec<T> shift_in(Vec<T> a, [[maybe_unused]] Vec<T> b) {
-#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
-  if constexpr (J == 0) {
-    return a;
-  } else if constexpr (sizeof(T) == 4) {
-    return bit_cast<Vec<T>>(_mm512_maskz_alignr_epi32(0xffff, bit_cast<__m512i>(b), bit_cast<__m512i>(a), J));
-  } else {
-    return bit_cast<Vec<T>>(_mm512_maskz_alignr_epi64(0xff, bit_cast<__m512i>(b), bit_cast<__m512i>(a), J));
-  }
-#else
-  static_assert(J < 0, "see kShiftsIn");
-#endif
-}
-
 // Rows and slots of a score tile: rows * slots accumulators, one query and one key vector must fit the register file.
 inline constexpr int kRowTile = NATRPB_VECTOR_BYTES == 64 ? 3 : 2;
 inline constexpr int kSlotTile = NATRPB_VECTOR_BYTES == 64 ? 8 : 5;
@@ -73,7 +54,8 @@ inline constexpr int kSlotTile = NATRPB_VECTOR_BYTES == 64 ? 8 : 5;
 template <class T>
 struct ScoreArgs {
   const T* query;  // [rows][depth][kLanes]
-  const T* key;    // key row at the block's base column and the tile's first slot, [depth][pitch]
+  const T* key;    // key row at the block's base column and the tile's first slot, [depth][pitch]; kAcross: boundary before it
+  int64_t past;    // kAcross: how far that column is behind the boundary
   int64_t depth;
   int64_t pitch;
   const LaneMap<T>* key_lanes;
@@ -96,17 +78,25 @@ void score_tile(const ScoreArgs<T>& args) {
   const int64_t depth = args.depth;
   const T* key = args.key;
   const T* query = args.query;
+  [[maybe_unused]] Index<T> place = lanes.offset + static_cast<CountOf<T>>(args.past);
   for (int64_t begin = 0; begin < depth; begin += kRun) {
     Vec<T> acc[ROWS][SLOTS] = {};
     for (int64_t c = min_of(kRun, depth - begin); c > 0; --c, key += args.pitch, query += L) {
       Vec<T> q[ROWS];
       unroll<ROWS>([&](auto r) NATRPB_LAMBDA { q[decltype(r)::value] = load(query + decltype(r)::value * depth * L); });
-      const Vec<T> low = load(key), high = R == Reach::kAligned ? load(key + L) : low;
+      [[maybe_unused]] Vec<T> low, high;
+      if constexpr (R == Reach::kAligned || R == Reach::kAcross) {
+        low = load(key);
+        high = load(key + L);
+        place = in_register(place);  // NB: else GCC keeps the places of all slots, and spills them
+      }
       unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
         constexpr int j = decltype(t)::value;
         Vec<T> k;
         if constexpr (R == Reach::kAligned) {
           k = in_register(shift_in<j, T>(low, high));
+        } else if constexpr (R == Reach::kAcross) {
+          k = in_register(pick<T>(low, place + j, high));
         } else {
           k = in_register(load_lanes<T, R>(key + j, lanes));
         }
@@ -144,8 +134,9 @@ ScoreTile<T> pick_score_tile(int rows, int slots, Reach reach) {
   const auto all = std::make_integer_sequence<int, kRowTile * kSlotTile>{};
   if (reach == Reach::kConsecutive) return pick_score_tile<T, Reach::kConsecutive>(index, all);
   if (reach == Reach::kSame) return pick_score_tile<T, Reach::kSame>(index, all);
-  if constexpr (kShiftsIn) {
+  if constexpr (kTakesFromTwo) {
     if (reach == Reach::kAligned) return pick_score_tile<T, Reach::kAligned>(index, all);
+    if (reach == Reach::kAcross) return pick_score_tile<T, Reach::kAcross>(index, all);
   }
   return pick_score_tile<T, Reach::kWithin>(index, all);
 }
@@ -204,6 +195,15 @@ Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size,
   block.key_lanes = map_lanes<T>(block.first, block.first[0], block.live);
   block.bias_lanes = map_lanes<T>(block.bias_first, block.bias_base, block.live);
   return block;
+}
+
+// How a score tile of `slots` slots reads its keys, the first of which is `past` elements behind a vector's boundary.
+template <class T>
+Reach key_reach(const Block<T>& block, int64_t past, int64_t slots) {
+  const LaneMap<T>& lanes = block.key_lanes;
+  if (!kTakesFromTwo || lanes.reach == Reach::kSame) return lanes.reach;
+  if (lanes.reach == Reach::kConsecutive && block.live == kLanes<T> && past == 0) return Reach::kAligned;
+  return past + lanes.furthest + slots <= 2 * kLanes<T> ? Reach::kAcross : lanes.reach;
 }
 
 struct Kernel {

@@ -130,6 +130,36 @@ NATRPB_INLINE Vec<T> permute(Vec<T> v, Index<T> index) {
   return result;
 }
 
+// Lanes J .. J + kLanes - 1, or place[l], of a and b behind one another, where one instruction takes them.
+template <int J, class T>
+Vec<T> shift_in(Vec<T> a, Vec<T> b);
+template <class T>
+Vec<T> pick(Vec<T> a, Index<T> place, Vec<T> b);
+#if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
+inline constexpr bool kTakesFromTwo = true;
+
+template <int J, class T>
+NATRPB_INLINE Vec<T> shift_in(Vec<T> a, [[maybe_unused]] Vec<T> b) {
+  if constexpr (J == 0) {
+    return a;
+  } else if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_alignr_epi32(0xffff, bit_cast<__m512i>(b), bit_cast<__m512i>(a), J));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_maskz_alignr_epi64(0xff, bit_cast<__m512i>(b), bit_cast<__m512i>(a), J));
+  }
+}
+template <class T>
+NATRPB_INLINE Vec<T> pick(Vec<T> a, Index<T> place, Vec<T> b) {
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_permutex2var_ps(bit_cast<__m512>(a), bit_cast<__m512i>(place), bit_cast<__m512>(b)));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_permutex2var_pd(bit_cast<__m512d>(a), bit_cast<__m512i>(place), bit_cast<__m512d>(b)));
+  }
+}
+#else
+inline constexpr bool kTakesFromTwo = false;
+#endif
+
 template <class T>
 inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
