@@ -185,7 +185,7 @@ NATRPB_INLINE Vec<T> power_of_two(Vec<T> r) {
 }
 
 // exp(x): exact zero below the smallest normal number, infinity from the largest one on, NaN stays NaN. exp(x) = 2^n 2^r, where n is
-// whole and 0 <= r <= 1. Rounding x / ln 2 costs |x| / 2 units in the last place, the rest errs by less than two.
+// whole and 0 <= r <= 1. Rounding x / ln 2 costs at most |x| units in the last place, the rest errs by less than two.
 template <class T>
 NATRPB_INLINE Vec<T> exp(Vec<T> x) {
   constexpr int kBias = sizeof(T) == 4 ? 127 : 1023;
