@@ -386,7 +386,7 @@ NATRPB_INLINE void with_rows(int begin, int end, F&& body) {
 }
 
 // dx[first_i + t][channel] += p[r][t][lane + i] * x[r][i][channel] over all key rows and ROWS query rows; x stays in registers,
-// and what several query rows add to a key meets there: FMAs wait for stores (docs/design/cpu.md).
+// and what several query rows add to a key meets there: multiply-adds wait for stores (docs/design/cpu.md).
 template <class T, int ROWS, int QUERIES, int VECTORS, Reach R>
 void scatter_tile(const T* p, int64_t p_step, const Block<T>& block, const KeyRows* rows, const Kernel& kernel,
                   const ScatterSource<T>* x, int64_t lane, int64_t channel, const Rows<T>& dx) {
