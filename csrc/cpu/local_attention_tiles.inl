@@ -2,8 +2,9 @@
 // [slot][lane], slot = (t_0 * K_1 + t_1) * K_2 + t_2.
 //
 //   score_tile   lanes are queries, keys are read from transposed rows [channel][column]; R query rows share every key load
-//   sum_tile     lanes are channels, out_i = sum_t p_it x_j(i,t); four neighboring queries share the loads of x
-//   scatter_tile the transpose, dx_j = sum_i p_it(i,j) x_i; four neighboring queries share the loads and stores of dx
+//   sum_tile     lanes are channels, out_i = sum_t p_it x_j(i,t); neighboring queries share the loads of x
+//   scatter_tile the transpose, dx_j = sum_i p_it(i,j) x_i; neighboring queries of several rows share the loads and
+//                stores of dx
 //
 // Each multiply-add of the op happens in one of the three.
 
