@@ -92,7 +92,7 @@ struct Worker {
     return {step, block.width, view.space[1] * params.axis[1].dilation - block.width * step};
   }
 
-  // Whether a tensor can be read in place.
+  // Whether a tensor can be read in place: no conversion, no padding.
   static bool in_place(int64_t channels) { return std::is_same_v<S, T> && channels % L == 0; }
   // Whether a box of keys finds room in the caches as it lies. Columns far apart, as of many heads, share a few of the caches'
   // sets, worst at powers of two: up to four heads in place is faster or equal, with eight the copy is (docs/design/cpu.md).

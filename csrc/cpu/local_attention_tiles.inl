@@ -89,8 +89,9 @@ void score_tile(const ScoreArgs<T>& args) {
       if constexpr (R == Reach::kAligned || R == Reach::kAcross) {
         low = load(key);
         high = load(key + L);
-        place = in_register(place);  // NB: else GCC keeps the places of all slots, and spills them
       }
+      if constexpr (R == Reach::kAcross)
+        place = in_register(place);  // NB: else GCC keeps the places of all slots, and spills them
       unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
         constexpr int j = decltype(t)::value;
         Vec<T> k;
@@ -228,7 +229,7 @@ struct Rows {
 };
 
 // Walks the pairs of QUERIES neighboring lanes and the columns of one key row:
-//   column(offset, meets)    is called once per column with its offset from lane 0's first, and runs
+//   column(meets)            is called once per column, from lane 0's first on, and runs
 //   meets(pair)              for every query i that sees it, pair(Const<i>, slot of the column in the query's interval)
 // kConsecutive (first_i = first_0 + i, all of kernel_size >= QUERIES - 1 columns): fewer queries meet at both ends, all of them
 // between. kSame: all intervals are one.
@@ -237,17 +238,16 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
   if constexpr (R == Reach::kConsecutive) {
     unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
       constexpr int met = decltype(j)::value + 1;
-      column(int64_t{decltype(j)::value}, [&](auto&& pair) NATRPB_LAMBDA {
-        unroll<met>([&](auto i) NATRPB_LAMBDA { pair(i, int64_t{met - 1 - decltype(i)::value}); });
-      });
+      column([&](auto&& pair)
+                 NATRPB_LAMBDA { unroll<met>([&](auto i) NATRPB_LAMBDA { pair(i, int64_t{met - 1 - decltype(i)::value}); }); });
     });
     for (int64_t j = QUERIES - 1; j < count; ++j) {
-      column(j, [&](auto&& pair)
-                    NATRPB_LAMBDA { unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, j - decltype(i)::value); }); });
+      column([&](auto&& pair)
+                 NATRPB_LAMBDA { unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, j - decltype(i)::value); }); });
     }
     unroll<QUERIES - 1>([&](auto j) NATRPB_LAMBDA {
       constexpr int passed = decltype(j)::value + 1;
-      column(count + decltype(j)::value, [&](auto&& pair) NATRPB_LAMBDA {
+      column([&](auto&& pair) NATRPB_LAMBDA {
         unroll<QUERIES - passed>([&](auto n) NATRPB_LAMBDA {
           constexpr int i = passed + decltype(n)::value;
           pair(Const<i>{}, count + decltype(j)::value - i);
@@ -257,7 +257,7 @@ NATRPB_INLINE void for_columns(int64_t count, F&& column) {
   } else {
     static_assert(R == Reach::kSame || QUERIES == 1);
     for (int64_t t = 0; t < count; ++t) {
-      column(t, [&](auto&& pair) NATRPB_LAMBDA { unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, t); }); });
+      column([&](auto&& pair) NATRPB_LAMBDA { unroll<QUERIES>([&](auto i) NATRPB_LAMBDA { pair(i, t); }); });
     }
   }
 }
@@ -298,7 +298,7 @@ NATRPB_INLINE void for_lane_groups(const Block<T>& block, int64_t kernel_size, F
 
 // Slots of k0 planes and k1 rows of a kernel.
 NATRPB_INLINE int64_t slots_of(const Kernel& kernel, int64_t k0, int64_t k1) { return (k0 * kernel.size1 + k1) * kernel.size2; }
-// First slot of key row (k0, k1): linear in both, so that of row (0, 0), which need not exist, plus slots_of(kernel, k0, k1).
+// First slot of key row (k0, k1): what it is for row (0, 0), which need not exist, plus slots_of(kernel, k0, k1).
 NATRPB_INLINE int64_t first_slot(const KeyRows& rows, const Kernel& kernel, int64_t k0, int64_t k1) {
   return slots_of(kernel, k0 - rows.axis0.first, k1 - rows.axis1.first);
 }
@@ -344,7 +344,7 @@ void sum_tile(const T* p, const Block<T>& block, const KeyRows& rows, const Kern
   for_rows(rows, kernel, [&](int64_t slot, int64_t k0, int64_t k1) NATRPB_LAMBDA {
     const T* weights = p + slot * L + lane;
     const T* source = x.at(k0, k1, block.first[lane]) + channel;
-    for_columns<QUERIES, R>(count, [&](int64_t, auto&& meets) NATRPB_LAMBDA {
+    for_columns<QUERIES, R>(count, [&](auto&& meets) NATRPB_LAMBDA {
       Vec<T> row[VECTORS];
       unroll<VECTORS>([&](auto v)
                           NATRPB_LAMBDA { row[decltype(v)::value] = in_register(load(source + decltype(v)::value * L)); });
@@ -415,7 +415,7 @@ void scatter_tile(const T* p, int64_t p_step, const Block<T>& block, const KeyRo
       unroll<kCount>([&](auto n)
                          NATRPB_LAMBDA { weights[decltype(n)::value] = p + (start[kFirst + decltype(n)::value] + offset); });
       T* to = target;
-      for_columns<QUERIES, R>(count, [&](int64_t, auto&& meets) NATRPB_LAMBDA {
+      for_columns<QUERIES, R>(count, [&](auto&& meets) NATRPB_LAMBDA {
         Vec<T> acc[2][VECTORS] = {};  // two chains: half the latency
         unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[0][decltype(v)::value] = load(to + decltype(v)::value * L); });
         meets([&](auto i, int64_t t) NATRPB_LAMBDA {
