@@ -84,7 +84,7 @@ def all_workloads() -> list[Workload]:
         *neighborhoods(two, STAGES[2:3], (*EAGER, "FlexAttention"), EAGER),
         *neighborhoods(two, STAGES[3:], EAGER, EAGER),
         *neighborhoods(two, [FAR], (*FEW, "FlexAttention"), ONE),
-        *neighborhoods(two, STAGES[:2], FEW, None, dtype="bf16"),
+        *neighborhoods(two, STAGES[:2], ("in fp32", *FEW), ("in fp32", *ONE), dtype="bf16"),
         *neighborhoods(two, STAGES[:1], (), (), what="qkv slices: ", packed=True),
         *neighborhoods("One axis", LENGTHS, FEW, ONE),
         *neighborhoods("Three axes", VOLUMES, FEW, ONE),
@@ -97,7 +97,7 @@ def all_workloads() -> list[Workload]:
             for train in (False, True)
         ],
         *[workload(window, case, window_problem, train) for case in WINDOWS for train in (False, True)],
-        *[workload(window, case, window_problem, False, dtype="bf16") for case in WINDOWS],
+        *[workload(window, case, window_problem, train, dtype="bf16") for case in WINDOWS for train in (False, True)],
         *[
             workload("Windows with cosine scores", COSINE, cosine_problem, train, dtype, what="cosine ")
             for dtype in ("fp32", "bf16")

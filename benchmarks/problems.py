@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,12 @@ def _pack_projection(tensors: Tensors) -> Tensors:
 
 
 PACKED = Layout(_pack_projection, dict)
+
+
+def in_fp32(ours: Contender) -> Contender:
+    """The same on fp32 tensors: what storing half the bytes gains."""
+    layout = Layout(lambda tensors: ours.layout.pack({name: x.float() for name, x in tensors.items()}), ours.layout.unpack)
+    return replace(ours, name="in fp32", layout=layout)
 
 
 def useful_flops(pairs: int, head_dim: int, train: bool) -> int:
@@ -88,6 +95,7 @@ def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: It
     attend = getattr(natrpb, f"na{case.ndim}d")
     arguments = dict(kernel_size=case.kernel_size, dilation=case.dilation, is_causal=case.is_causal)
     ours = Contender(OURS, lambda: functools.partial(attend, **arguments), PACKED if packed else AS_IS)
+    available["in fp32"] = lambda: in_fp32(ours)
     return Problem(
         tensors=dict(query=query, key=key, value=value, rpb=rpb),
         dout=torch.randn_like(value) if train else None,
@@ -101,14 +109,12 @@ def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: It
 
 def window_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
     query, key, value, rpb, _, _ = case.inputs(dtype)
+    ours = Contender(OURS, lambda: windows.fused_attend(case), PACKED)
     return Problem(
         tensors=dict(query=query, key=key, value=value, rpb=rpb),
         dout=torch.randn_like(value) if train else None,
         exact=exact_attention(case),
-        contenders=[
-            Contender(OURS, lambda: windows.fused_attend(case), PACKED),
-            *windows.window_peers(case, dtype, train),
-        ],
+        contenders=[ours, *windows.window_peers(case, dtype, train), *([in_fp32(ours)] if dtype == torch.bfloat16 else [])],
         flops=useful_flops(pairs_of(case), case.head_dim, train),
         bytes=attention_bytes(query.numel(), dtype.itemsize, train),
         tolerance=TOLERANCE[dtype],

@@ -206,9 +206,12 @@ class TestProblems:
                 ),
                 id="causal",
             ),
-            pytest.param(lambda train: neighborhood_problem(Case((5, 6, 4), 3), torch.bfloat16, train, PEERS), id="bf16"),
+            pytest.param(
+                lambda train: neighborhood_problem(Case((5, 6, 4), 3), torch.bfloat16, train, ("in fp32", *PEERS)), id="bf16"
+            ),
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=0), torch.float32, train), id="window"),
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="shifted"),
+            pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=2), torch.bfloat16, train), id="window-bf16"),
             pytest.param(lambda train: block_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="block"),
             pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="cosine"),
             pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2), torch.bfloat16, train), id="cosine-bf16"),

@@ -23,7 +23,7 @@ constexpr int64_t kLeastQueries = 48;
 
 const IrpeKernels& kernels() {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx512) return avx512::kIrpeKernels;
+  if (active_isa() >= Isa::kAvx512) return avx512::kIrpeKernels;
   if (active_isa() == Isa::kAvx2) return avx2::kIrpeKernels;
 #endif
   return portable::kIrpeKernels;

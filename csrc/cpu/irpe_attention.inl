@@ -139,7 +139,7 @@ struct IrpeAttention {
     }
   }
   void stage_columns(const RowsView& m, const Window& w, int64_t channels, T* to) const {
-    copy_columns(row(m, w.first_key), m.row, w.keys, channels, T(1), chunk, to);
+    copy_columns<S>(row(m, w.first_key), m.row, w.keys, channels, chunk, to);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t k = padded(w.keys); k < chunk; k += L) store(to + c * chunk + k, Vec<T>{});
     }

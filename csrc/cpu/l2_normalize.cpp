@@ -13,7 +13,7 @@ namespace {
 
 const L2NormalizeKernels& kernels() {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx512) return avx512::kL2NormalizeKernels;
+  if (active_isa() >= Isa::kAvx512) return avx512::kL2NormalizeKernels;
   if (active_isa() == Isa::kAvx2) return avx2::kL2NormalizeKernels;
 #endif
   return portable::kL2NormalizeKernels;

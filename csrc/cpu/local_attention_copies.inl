@@ -31,10 +31,10 @@ void copy_rows(const S* from, Steps steps, int64_t count, int64_t channels, T* t
   }
 }
 
-// to[c][lead + i] = factor * from[i][c] for whole vectors of lead + i; lanes before the first row and behind the last repeat it.
-template <class T, class S>
-void copy_columns(const S* from, Steps steps, int64_t count, int64_t channels, T factor, int64_t pitch, T* to,
-                  int64_t lead = 0) {
+// to[c][lead + i] = from[i][c] for whole vectors of lead + i, from[i] being `words` neighboring W; lanes before the first row and
+// behind the last repeat it.
+template <class W, class T, class S>
+void copy_columns(const S* from, Steps steps, int64_t count, int64_t words, int64_t pitch, T* to, int64_t lead = 0) {
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < lead + count; i += L) {
     const S* row[L];
@@ -46,8 +46,8 @@ void copy_columns(const S* from, Steps steps, int64_t count, int64_t channels, T
       constexpr bool kWhole = decltype(whole)::value;
       Vec<T> tile[L];
       unroll<L>([&](auto r) NATRPB_LAMBDA {
-        const S* p = row[decltype(r)::value] + c;
-        tile[decltype(r)::value] = (kWhole ? load_as<T>(p) : load_part<T>(p, left)) * factor;
+        const W* p = reinterpret_cast<const W*>(row[decltype(r)::value]) + c;
+        tile[decltype(r)::value] = kWhole ? load_as<T>(p) : load_part<T>(p, left);
       });
       transpose<T>(tile);
       unroll<L>([&](auto r) NATRPB_LAMBDA {
@@ -56,10 +56,32 @@ void copy_columns(const S* from, Steps steps, int64_t count, int64_t channels, T
       });
     };
     int64_t c = 0;
-    for (; c + L <= channels; c += L) corner(c, L, Const<true>{});
-    if (c < channels) corner(c, channels - c, Const<false>{});
+    for (; c + L <= words; c += L) corner(c, L, Const<true>{});
+    if (c < words) corner(c, words - c, Const<false>{});
   }
 }
+
+#ifdef NATRPB_BF16_PRODUCTS
+// to[i / 2][channel] = the pair (from[i][channel], from[i + 1][channel]), zero behind the last. Whether all numbers are finite.
+bool copy_row_pairs(const BFloat16* from, int64_t step, int64_t count, int64_t channels, float* to) {
+  constexpr int L = kLanes<float>;
+  constexpr uint32_t kSigns = 0x80008000, kExponentUnits = 0x00800080;
+  Bits<float> found{};
+  for (int64_t i = 0; i < count; i += 2, from += 2 * step) {
+    for (int64_t c = 0; c < channels; c += L, to += L) {
+      const auto row = [&](const BFloat16* p)
+                           NATRPB_LAMBDA { return bit_cast<Bits<float>>(load_channels<float>(p + c, channels - c)); };
+      const Bits<float> pair = row(from) >> 16 | (i + 1 < count ? row(from + step) : Bits<float>{});
+      found |= (pair & ~kSigns) + kExponentUnits;  // overflows into a sign where all bits of an exponent are set
+      store(to, bit_cast<Vec<float>>(pair));
+    }
+  }
+  found &= kSigns;
+  uint32_t any = 0;
+  for (int l = 0; l < L; ++l) any |= found[l];
+  return any == 0;
+}
+#endif
 
 // to[channel] = factor * from[channel]
 template <class T, class S>

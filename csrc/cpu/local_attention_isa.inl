@@ -18,6 +18,8 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/local_attention_copies.inl"
 
+#include "cpu/local_attention_blocks.inl"
+
 #include "cpu/local_attention_tiles.inl"
 
 #include "cpu/local_attention_scores.inl"
@@ -27,6 +29,31 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 #include "cpu/local_attention_items.inl"
 
 // ---- entry points, see kernels.h ----
+
+#ifdef NATRPB_BF16_PRODUCTS
+
+// Whether products are made of pairs of bf16; everything else is done as without the instruction.
+bool is_paired(const LocalAttentionParams& params, Op op) {
+  if (params.dtype != DType::kBFloat16 || params.head_dim % 2 != 0) return false;
+  return op == Op::kForward || (op == Op::kBackward && params.value_dim % 2 == 0);
+}
+
+int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
+  const int64_t plain = avx512::kKernels.scratch_bytes(params, plan, op);
+  if (!is_paired(params, op)) return plain;
+  const Worker<BFloat16, Pair> worker(params, plan, needs_of(op, params), nullptr);
+  return max_of(plain, static_cast<int64_t>(worker.bytes));
+}
+
+void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
+  if (is_paired(params, op)) {
+    Worker<BFloat16, Pair> worker(params, plan, needs_of(op, params), scratch);
+    if (worker.begin(index)) return op == Op::kForward ? worker.forward() : worker.backward();
+  }
+  avx512::kKernels.run_item(params, plan, op, index, scratch);
+}
+
+#else
 
 template <class F>
 auto with_storage(DType dtype, F&& f) {
@@ -75,6 +102,8 @@ void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64
     }
   });
 }
+
+#endif
 
 extern const Kernels kKernels = {scratch_bytes, run_item};
 

@@ -6,10 +6,13 @@
 // Bytes: forward reads query once, key and value once per box that needs them, writes out and lse; backward reads query, key,
 // value, dout, lse and writes dquery, dkey, dvalue. Scores live in scratch memory, kRowTile rows of one block at a time.
 
-template <class S>
+// F is what products are made of: numbers of the compute type or, where S is bf16, pairs of S as they are.
+template <class S, class F = Compute<S>>
 struct Worker {
   using T = Compute<S>;
+  using Word = std::conditional_t<std::is_same_v<F, T>, S, F>;  // F in storage
   static constexpr int L = kLanes<T>;
+  static constexpr bool kPaired = kNumbers<F> == 2;
 
   const LocalAttentionParams& params;
   const Plan& plan;
@@ -28,6 +31,7 @@ struct Worker {
   T *query_columns, *dout_columns;  // [kRowTile][channel][L]
   T *query_tile, *dout_tile;        // [kRowTile][L][pitch], copies of natural rows where the tensor will not do
   T* result_tile;                   // [L][pitch]
+  T* weight_pairs;                  // [key rows][K_2 / 2 + 1][L]
   T *score, *dscore;                // [kRowTile][slots][L]
   T *bias, *dbias;                  // [table rows][bias_pitch]; [table rows][K_2][L]
   T* no_bias;                       // zeros, a score tile's
@@ -35,6 +39,7 @@ struct Worker {
   size_t bytes;
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
+  static int64_t factors(int64_t channels) { return channels / kNumbers<F>; }
 
   Worker(const LocalAttentionParams& p, const Plan& pl, const Needs& n, void* scratch)
       : params(p),
@@ -55,17 +60,18 @@ struct Worker {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
     Arena arena(scratch);
     const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
-    key_columns = take(needs.scores, rows * depth * column_pitch);
-    value_columns = take(needs.dscores, rows * value_depth * column_pitch);
+    key_columns = take(needs.scores, rows * factors(depth) * column_pitch);
+    value_columns = take(needs.dscores, rows * factors(value_depth) * column_pitch);
     key_rows.data = take(needs.key_rows, keys * key_pitch);
     value_rows.data = take(needs.value_rows, keys * value_pitch);
     dkey_sums = take(needs.dkey && !sums_in_place(params.dkey, depth), keys * key_pitch);
     dvalue_sums = take(needs.dvalue && !sums_in_place(params.dvalue, value_depth), keys * value_pitch);
-    query_columns = take(needs.scores, kRowTile * depth * L);
-    dout_columns = take(needs.dscores, kRowTile * value_depth * L);
+    query_columns = take(needs.scores, kRowTile * factors(depth) * L);
+    dout_columns = take(needs.dscores, kRowTile * factors(value_depth) * L);
     query_tile = take(needs.query_tile, kRowTile * L * key_pitch);
     dout_tile = take(needs.dout_tile, kRowTile * L * value_pitch);
     result_tile = take(true, L * (key_pitch > value_pitch ? key_pitch : value_pitch));
+    weight_pairs = take(kPaired, slots_of(word_kernel<F>(kernel), kernel.size0, 0) * L);
     score = take(true, kRowTile * slots * L);
     dscore = take(needs.dscores, kRowTile * slots * L);
     bias = take(needs.bias, table_rows * bias_pitch);
@@ -98,8 +104,8 @@ struct Worker {
   // sets, worst at powers of two: up to four heads in place is faster or equal, with eight the copy is (docs/design/cpu.md).
   bool is_near(const View& view, int64_t channels) const { return column_step(view) <= 4 * channels; }
 
-  template <class F>
-  void for_key_rows(F&& body) const {
+  template <class Body>
+  void for_key_rows(Body&& body) const {
     for (int64_t r0 = 0; r0 < item.key_n[0]; ++r0) {
       for (int64_t r1 = 0; r1 < item.key_n[1]; ++r1) body(r0, r1);
     }
@@ -111,23 +117,33 @@ struct Worker {
         const S* next = row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1 + 1, item.key_lo[2]);
         prefetch_columns(next, column_step(view), columns, channels);
       }
-      T* row = to + (r0 * item.key_n[1] + r1) * channels * column_pitch;
+      T* row = to + (r0 * item.key_n[1] + r1) * factors(channels) * column_pitch;
       const int64_t written = padded(column_lead + columns);
-      for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t c = 0; c < factors(channels); ++c) {
         for (int64_t i = written; i < column_pitch; i += L) store(row + c * column_pitch + i, Vec<T>{});
       }
-      copy_columns(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), columns,
-                   channels, T(1), column_pitch, row, column_lead);
+      copy_columns<Word>(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), columns,
+                         factors(channels), column_pitch, row, column_lead);
     });
   }
-  // Points `rows` at the item's keys in `view`, or fills it with a copy.
-  void stage_rows(const View& view, int64_t channels, Rows<T>& rows) const {
-    if (in_place(channels) && is_near(view, channels)) return place_rows(view, channels, rows);
-    layout_rows(channels, rows);
+  // Points `rows` at the item's keys in `view`, or fills it with a copy, of columns two by two where factors are pairs. Whether sums
+  // can be made of it: a pair's weight of zero does not hide a number that is not finite.
+  bool stage_rows(const View& view, int64_t channels, Rows<T>& rows) const {
+    if (!kPaired && in_place(channels) && is_near(view, channels)) {
+      place_rows(view, channels, rows);
+      return true;
+    }
+    layout_rows(channels, ceil_div(item.key_n[2], kNumbers<F>), rows);
+    bool finite = true;
     for_key_rows([&](int64_t r0, int64_t r1) {
-      copy_rows(row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]), column_step(view), item.key_n[2],
-                channels, rows.at(r0, r1, 0));
+      const S* from = row_start(view, item.key_lo[0] + r0, item.key_lo[1] + r1, item.key_lo[2]);
+      if constexpr (kPaired) {
+        finite &= copy_row_pairs(from, column_step(view), item.key_n[2], channels, rows.at(r0, r1, 0));
+      } else {
+        copy_rows(from, column_step(view), item.key_n[2], channels, rows.at(r0, r1, 0));
+      }
     });
+    return finite;
   }
   // The item's keys in a tensor of the compute type.
   void place_rows(const View& view, int64_t channels, Rows<T>& rows) const {
@@ -135,10 +151,10 @@ struct Worker {
     for (int a = 0; a < kAxes; ++a) rows.step[a] = view.space[a] * params.axis[a].dilation;
     rows.channels = channels;
   }
-  // Dense rows of padded channels, in the order of the box.
-  void layout_rows(int64_t channels, Rows<T>& rows) const {
+  // Dense rows of padded channels, in the order of the box with that many columns.
+  void layout_rows(int64_t channels, int64_t columns, Rows<T>& rows) const {
     rows.channels = rows.step[2] = padded(channels);
-    rows.step[1] = rows.step[2] * item.key_n[2];
+    rows.step[1] = rows.step[2] * columns;
     rows.step[0] = rows.step[1] * item.key_n[1];
   }
   // The block's natural rows of `view` for a scatter: in place, or copied to `tile`.
@@ -158,6 +174,7 @@ struct Worker {
     }
   }
 
+  // Whether there is an item to work on that these factors can do.
   bool begin(int64_t index) {
     item = locate(params, plan, index);
     if (item.empty) return false;
@@ -165,8 +182,8 @@ struct Worker {
     column_lead = edges_only ? 0 : max_of(most_lead() - (item.lo[2] - item.key_lo[2]), 0);
     if (needs.scores) stage_columns(params.key, depth, key_columns);
     if (needs.dscores) stage_columns(params.value, value_depth, value_columns);
-    if (needs.key_rows) stage_rows(params.key, depth, key_rows);
-    if (needs.value_rows) stage_rows(params.value, value_depth, value_rows);
+    if (needs.key_rows && !stage_rows(params.key, depth, key_rows)) return false;
+    if (needs.value_rows && !stage_rows(params.value, value_depth, value_rows)) return false;
     if (needs.dkey) start_sums(params.dkey, depth, dkey_sums, dkey_rows);
     if (needs.dvalue) start_sums(params.dvalue, value_depth, dvalue_sums, dvalue_rows);
     if (needs.bias) stage_bias();
@@ -186,12 +203,13 @@ struct Worker {
   int64_t bias_row(int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
     return params.axis[0].bias_index(p0, r0 + item.key_lo[0]) * table1 + params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
   }
-  // score[r][slot][lane] = columns_q . columns_k (+ bias) for query rows (p0, block.row(p1, r)), r < count.
+  // score[r][slot][lane] = scale columns_q . columns_k (+ bias) for query rows (p0, block.row(p1, r)), r < count.
   void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
-              int64_t channels, bool with_bias, T* to) {
+              int64_t channels, T scale, bool with_bias, T* to) {
     ScoreArgs<T> args{};
-    args.depth = channels;
+    args.depth = factors(channels);
     args.pitch = column_pitch;
+    args.scale = scale;
     args.key_lanes = &block.key_lanes;
     args.bias_lanes = &block.bias_lanes;
     const int64_t tiles = ceil_div(k2, kSlotTile), tile = ceil_div(k2, tiles);
@@ -203,10 +221,10 @@ struct Worker {
     }
     args.score = to;
     args.bias = bias_in_tile ? bias : no_bias;
-    const int64_t key_start = column_lead + block.first[0], key_row_size = channels * column_pitch;
+    const int64_t key_start = column_lead + block.first[0], key_row_size = args.depth * column_pitch;
     for_shared_rows(rows, count, [&](int64_t r0, int64_t r1, int begin, int end) NATRPB_LAMBDA {
       stream.next();
-      args.query = query + begin * channels * L;
+      args.query = query + begin * args.depth * L;
       args.score_start = score_start + begin;
       args.bias_start = bias_start + begin;
       for (int64_t t = 0; t < k2; t += tile) {
@@ -216,7 +234,7 @@ struct Worker {
         args.key = key + (r0 * item.key_n[1] + r1) * key_row_size + key_start + t - (reach == Reach::kAcross ? past : 0);
         args.score_at = (slots_of(kernel, r0, r1) + t) * L;
         args.bias_at = bias_in_tile ? (r0 * table1 + r1) * bias_pitch + t : 0;
-        pick_score_tile<T>(end - begin, static_cast<int>(n), reach)(args);
+        pick_score_tile<F>(end - begin, static_cast<int>(n), reach)(args);
       }
     });
     for (int r = 0; with_bias && !bias_in_tile && r < count; ++r) {
@@ -258,10 +276,14 @@ struct Worker {
                   const Rows<T>& x, int64_t channels, Vec<T> factor) const {
     S* to = row_start(view, p0, p1, block.column);
     const Steps steps = lane_steps(view, block);
-    if (in_place(channels)) {
-      return weighted_sum<T>(p, block, rows, kernel, x, {reinterpret_cast<T*>(to), steps, factor});
+    if constexpr (kPaired) {
+      pack_weights(p, block, kernel, weight_pairs);
+      p = weight_pairs;
     }
-    weighted_sum<T>(p, block, rows, kernel, x, {result_tile, padded(channels), factor});
+    if constexpr (std::is_same_v<S, T> || kPaired) {
+      if (channels % L == 0) return weighted_sum<F>(p, block, rows, kernel, x, SumTarget<T, S>{to, steps, factor});
+    }
+    weighted_sum<F>(p, block, rows, kernel, x, SumTarget<T, T>{result_tile, padded(channels), factor});
     for (int l = 0; l < block.live; ++l) {
       store_row(result_tile + l * padded(channels), channels, splat(T(1)), to + steps(l));
     }
@@ -281,7 +303,7 @@ struct Worker {
     copy_slots(p, slots, row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live);
   }
   void load_attn(int64_t p0, int64_t p1, const Block<T>& block, T* p) const {
-    copy_columns(row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live, slots, T(1), L, p);
+    copy_columns<S>(row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live, slots, L, p);
   }
 
   // dbias[table row][t][lane] += dscore[slot][lane]; lanes meet in flush_bias, where their table columns are known.
@@ -333,16 +355,16 @@ struct Worker {
     }
   }
 
-  // query or dout of `count` rows as columns [row][channel][lane], scaled
-  void stage_block(const View& view, int64_t p0, int64_t p1, int count, const Block<T>& block, int64_t channels, T factor,
+  // query or dout of `count` rows as columns [row][channel][lane]
+  void stage_block(const View& view, int64_t p0, int64_t p1, int count, const Block<T>& block, int64_t channels,
                    T* columns) const {
     for (int r = 0; r < count; ++r) {
       const int64_t next = block.row(p1, kRowTile + r);
       if (next < item.hi[1]) {
         prefetch_columns(row_start(view, p0, next, block.column), column_step(view), block.width, channels);
       }
-      copy_columns(row_start(view, p0, block.row(p1, r), block.column), lane_steps(view, block), block.live, channels, factor,
-                   L, columns + r * channels * L);
+      copy_columns<Word>(row_start(view, p0, block.row(p1, r), block.column), lane_steps(view, block), block.live,
+                         factors(channels), L, columns + r * factors(channels) * L);
     }
   }
 
@@ -351,8 +373,8 @@ struct Worker {
     stream.begin(item, params.out, value_depth);
     for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
       stream.plan(block, p0, p1, count * block.fold);
-      stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
-      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+      stage_block(params.query, p0, p1, count, block, depth, query_columns);
+      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, static_cast<T>(params.scale), needs.bias, score);
       for (int r = 0; r < count; ++r) {
         T* p = score + r * slots * L;
         fill_missing(block, rows[r], kernel, -kInfinity<T>, p);
@@ -372,10 +394,10 @@ struct Worker {
     for_blocks(
         [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
           stream.plan(block, p0, p1, count * block.fold);
-          stage_block(params.query, p0, p1, count, block, depth, scale, query_columns);
-          stage_block(params.dout, p0, p1, count, block, value_depth, T(1), dout_columns);
-          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
-          scores(block, p0, p1, count, rows, dout_columns, value_columns, value_depth, false, dscore);
+          stage_block(params.query, p0, p1, count, block, depth, query_columns);
+          stage_block(params.dout, p0, p1, count, block, value_depth, dout_columns);
+          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, scale, needs.bias, score);
+          scores(block, p0, p1, count, rows, dout_columns, value_columns, value_depth, T(1), false, dscore);
           for (int r = 0; r < count; ++r) {
             T* p = score + r * slots * L;
             T* dp = dscore + r * slots * L;
@@ -397,8 +419,8 @@ struct Worker {
   }
   void qk() {
     for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
-      stage_block(params.query, p0, p1, count, block, depth, static_cast<T>(params.scale), query_columns);
-      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, needs.bias, score);
+      stage_block(params.query, p0, p1, count, block, depth, query_columns);
+      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, static_cast<T>(params.scale), needs.bias, score);
       for (int r = 0; r < count; ++r) {
         T* p = score + r * slots * L;
         fill_missing(block, rows[r], kernel, static_cast<T>(params.fill), p);
@@ -454,8 +476,8 @@ struct Worker {
   }
 
   // Calls key(address in view, r0, r1, column, whether nothing was added there before) for the item's keys.
-  template <class Out, class F>
-  void for_keys(const View& view, F&& key) const {
+  template <class Out, class Body>
+  void for_keys(const View& view, Body&& key) const {
     const Interval fresh[kAxes] = {item.fresh(params.axis, 0), item.fresh(params.axis, 1), item.fresh(params.axis, 2)};
     const int64_t step = column_step(view);
     for_key_rows([&](int64_t r0, int64_t r1) {
@@ -470,7 +492,7 @@ struct Worker {
   void start_sums(const View& view, int64_t channels, T* dense, Rows<T>& rows) const {
     if (!sums_in_place(view, channels)) {
       rows.data = dense;
-      layout_rows(channels, rows);
+      layout_rows(channels, item.key_n[2], rows);
       return clear(dense, item.keys() * rows.channels);
     }
     place_rows(view, channels, rows);

@@ -27,6 +27,26 @@ struct Softmax {
   Vec<T> sum;   // of the exponentials
 };
 
+#ifdef NATRPB_BF16_PRODUCTS
+// to[key row][word][lane]: a lane's weights of the columns 2 w and 2 w + 1, counted from the even column at or before its first;
+// zero for the columns at both ends that it does not see.
+inline void pack_weights(const float* p, const Block<float>& block, const Kernel& kernel, float* to) {
+  constexpr int L = kLanes<float>;
+  const auto odd = ((block.key_lanes.offset + static_cast<int32_t>(block.first[0])) & 1) != 0;
+  const int64_t k2 = kernel.size2;
+  for (int64_t row = 0; row < kernel.size0 * kernel.size1; ++row) {
+    Vec<float> before{};
+    for (int64_t t = 0; t <= k2; t += 2, to += L) {
+      const Vec<float> low = t < k2 ? load(p + t * L) : Vec<float>{};
+      const Vec<float> high = t + 1 < k2 ? load(p + (t + 1) * L) : Vec<float>{};
+      store(to, pair_up(odd ? before : low, odd ? low : high));
+      before = high;
+    }
+    p += k2 * L;
+  }
+}
+#endif
+
 // scores -> exp(score - peak)
 template <class T>
 NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots) {

@@ -290,10 +290,14 @@ NATRPB_INLINE void store_as(T* p, Vec<T> v) {
   store(p, v);
 }
 NATRPB_INLINE void store_as(BFloat16* p, Vec<float> v) {
+#ifdef NATRPB_BF16_PRODUCTS
+  const HalfWords words = bit_cast<HalfWords>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#else
   const Bits<float> word = bit_cast<Bits<float>>(v);
   const Bits<float> rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   const Bits<float> result = v == v ? rounded : ((word >> 16) | 0x40u);
   const HalfWords words = __builtin_convertvector(result, HalfWords);
+#endif
   __builtin_memcpy(p, &words, sizeof words);
 }
 NATRPB_INLINE void store_as(Float16* p, Vec<float> v) {
@@ -348,6 +352,48 @@ NATRPB_INLINE void store_part(S* p, Vec<T> v, int64_t n) {
   }
 #else
   __builtin_memcpy(p, part, static_cast<size_t>(n) * sizeof(S));
+#endif
+}
+
+// Numbers in a lane of a vector of factors.
+template <class F>
+inline constexpr int kNumbers = 1;
+
+#ifdef NATRPB_BF16_PRODUCTS
+// ---- pairs of bf16 ----------------------------------------------------------------------------------------------------
+
+// Two neighbors in the place of one float: as a lane of Vec<float> only copied, and multiplied by multiply_add.
+struct Pair {
+  BFloat16 low, high;
+};
+template <>
+inline constexpr int kNumbers<Pair> = 2;
+
+template <class T>
+NATRPB_INLINE Vec<float> load_as(const Pair* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
+
+// low[l] and high[l], rounded, in lane l.
+NATRPB_INLINE Vec<float> pair_up(Vec<float> low, Vec<float> high) {
+  alignas(kVectorBytes) static constexpr uint16_t kInTurn[2 * kLanes<float>] = {
+      0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+  return bit_cast<Vec<float>>(_mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), halves));
+}
+#endif
+
+// sum + a b: of numbers, or of each lane's pairs, whose exact products are added in fp32.
+template <class F>
+NATRPB_INLINE Vec<Compute<F>> multiply_add(Vec<Compute<F>> sum, Vec<Compute<F>> a, Vec<Compute<F>> b) {
+#ifdef NATRPB_BF16_PRODUCTS
+  if constexpr (std::is_same_v<F, Pair>) {
+    return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  } else {
+    return sum + a * b;
+  }
+#else
+  return sum + a * b;
 #endif
 }
 

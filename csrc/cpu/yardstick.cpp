@@ -55,7 +55,7 @@ void pass(float* a, const float* b, const float* c, float factor, int64_t elemen
 
 double fma_gflops(Isa isa, double seconds) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return fma_avx512(seconds);
+  if (isa >= Isa::kAvx512) return fma_avx512(seconds);
   if (isa == Isa::kAvx2) return fma_avx2(seconds);
 #else
   static_cast<void>(isa);

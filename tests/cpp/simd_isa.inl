@@ -16,6 +16,23 @@ void exp_and_log(const T* x, int64_t count, T* exps, T* logs) {
   }
 }
 
+// x rounded to bf16.
+void round_to_bf16(const float* x, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) store_as(reinterpret_cast<BFloat16*>(to + i), load(x + i));
+}
+
+#ifdef NATRPB_BF16_PRODUCTS
+// x[i] and y[i] rounded to bf16, one behind the other; the sum of their squares, added to sum[i].
+void add_squares(const float* x, const float* y, int64_t count, uint16_t* pairs, float* sum) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    const Vec<float> pair = pair_up(load(x + i), load(y + i));
+    store(reinterpret_cast<float*>(pairs + 2 * i), pair);
+    store(sum + i, multiply_add<Pair>(load(sum + i), pair, pair));
+  }
+}
+#undef NATRPB_BF16_PRODUCTS
+#endif
+
 }  // namespace natrpb::test::NATRPB_ISA
 
 #include "cpu/isa_end.inl"

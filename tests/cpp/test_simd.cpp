@@ -1,8 +1,9 @@
-// exp and log of every instruction set that this processor has, against the standard library's in a wider type.
+// exp, log and bf16 of every instruction set that this processor has, against the standard library's in a wider type.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -11,6 +12,7 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "storage.h"
 
 #define NATRPB_ISA portable
 #define NATRPB_VECTOR_BYTES 16
@@ -26,6 +28,13 @@
 #define NATRPB_ISA avx512
 #define NATRPB_VECTOR_BYTES 64
 #define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#include "simd_isa.inl"
+#pragma GCC pop_options
+#pragma GCC push_options
+#define NATRPB_ISA avx512_bf16
+#define NATRPB_VECTOR_BYTES 64
+#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512"
+#define NATRPB_BF16_PRODUCTS
 #include "simd_isa.inl"
 #pragma GCC pop_options
 #endif
@@ -101,19 +110,88 @@ void check_all(const std::string& isa, Function<T> function) {
   }
 }
 
+// The nearest bf16 number, of two the even one.
+uint16_t nearest_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t low = bits & 0xffff, down = bits >> 16;
+  return static_cast<uint16_t>(down + (low > 0x8000 || (low == 0x8000 && down & 1)));
+}
+
+double value_of(uint16_t bits) { return natrpb::test::Storage<natrpb::DType::kBFloat16>::load(bits); }
+
+void check_rounding(const std::string& isa, float x, uint16_t got) {
+  const auto describe = [&] { return text("bf16", isa, x, static_cast<float>(value_of(got))); };
+  if (std::isnan(x)) return check(std::isnan(value_of(got)), describe);
+  if (std::fabs(x) < std::numeric_limits<float>::min()) return check(std::fabs(value_of(got)) <= 1.2e-38, describe);
+  check(got == nearest_bf16(x), describe);
+}
+
+// Numbers of all sizes, many halfway between two of bf16, both signs.
+std::vector<float> to_be_rounded() {
+  std::vector<float> x = arguments<float>();
+  for (uint32_t upper = 0; upper < 0x10000; upper += 37) {
+    for (const uint32_t lower : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+      const uint32_t bits = upper << 16 | lower;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      x.push_back(value);
+    }
+  }
+  while (x.size() % kMostLanes) x.push_back(0);
+  return x;
+}
+
+void check_bf16(const std::string& isa, void (*round)(const float*, int64_t, uint16_t*)) {
+  const std::vector<float> x = to_be_rounded();
+  std::vector<uint16_t> rounded(x.size());
+  round(x.data(), static_cast<int64_t>(x.size()), rounded.data());
+  for (size_t i = 0; i < x.size(); ++i) check_rounding(isa, x[i], rounded[i]);
+}
+
+#if defined(__x86_64__)
+void check_pairs() {
+  const std::vector<float> x = to_be_rounded();
+  const std::vector<float> y(x.rbegin(), x.rend());
+  std::vector<uint16_t> pairs(2 * x.size());
+  std::vector<float> sums(x.size(), 1.0f);
+  natrpb::test::avx512_bf16::add_squares(x.data(), y.data(), static_cast<int64_t>(x.size()), pairs.data(), sums.data());
+  for (size_t i = 0; i < x.size(); ++i) {
+    check_rounding("avx512_bf16, first of a pair", x[i], pairs[2 * i]);
+    check_rounding("avx512_bf16, second of a pair", y[i], pairs[2 * i + 1]);
+    const double low = value_of(pairs[2 * i]), high = value_of(pairs[2 * i + 1]), exact = 1 + low * low + high * high;
+    const auto describe = [&] { return text("sum of squares", "avx512_bf16", x[i], sums[i]); };
+    if (std::isnan(exact)) {
+      check(std::isnan(sums[i]), describe);
+    } else if (exact > std::numeric_limits<float>::max()) {
+      check(sums[i] == std::numeric_limits<float>::infinity(), describe);
+    } else {
+      check(std::fabs(sums[i] - exact) <= 2 * std::numeric_limits<float>::epsilon() * exact, describe);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 int main() {
   check_all<float>("portable", natrpb::test::portable::exp_and_log<float>);
   check_all<double>("portable", natrpb::test::portable::exp_and_log<double>);
+  check_bf16("portable", natrpb::test::portable::round_to_bf16);
 #if defined(__x86_64__)
   if (natrpb::cpu::detected_isa() >= Isa::kAvx2) {
     check_all<float>("avx2", natrpb::test::avx2::exp_and_log<float>);
     check_all<double>("avx2", natrpb::test::avx2::exp_and_log<double>);
+    check_bf16("avx2", natrpb::test::avx2::round_to_bf16);
   }
   if (natrpb::cpu::detected_isa() >= Isa::kAvx512) {
     check_all<float>("avx512", natrpb::test::avx512::exp_and_log<float>);
     check_all<double>("avx512", natrpb::test::avx512::exp_and_log<double>);
+    check_bf16("avx512", natrpb::test::avx512::round_to_bf16);
+  }
+  if (natrpb::cpu::detected_isa() >= Isa::kAvx512Bf16) {
+    check_bf16("avx512_bf16", natrpb::test::avx512_bf16::round_to_bf16);
+    check_pairs();
   }
 #endif
   return natrpb::test::finish("test_simd");
