@@ -84,7 +84,7 @@ def all_workloads() -> list[Workload]:
         *neighborhoods(two, STAGES[2:3], (*EAGER, "FlexAttention"), EAGER),
         *neighborhoods(two, STAGES[3:], EAGER, EAGER),
         *neighborhoods(two, [FAR], (*FEW, "FlexAttention"), ONE),
-        *neighborhoods(two, STAGES[:2], ("in fp32", *FEW), ("in fp32", *ONE), dtype="bf16"),
+        *neighborhoods(two, STAGES[:2], ("in fp32", *FEW), ("in fp32",), dtype="bf16"),
         *neighborhoods(two, STAGES[:1], (), (), what="qkv slices: ", packed=True),
         *neighborhoods("One axis", LENGTHS, FEW, ONE),
         *neighborhoods("Three axes", VOLUMES, FEW, ONE),
