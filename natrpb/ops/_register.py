@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 _library = torch.library.Library("natrpb", "IMPL")
 
@@ -34,22 +35,23 @@ def _is_differentiated(args: Sequence) -> bool:
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """Differentiates `natrpb::name` by an autograd function, whose `forward` must call `below_autograd(name, ...)`."""
     op = getattr(torch.ops.natrpb, name).default
-    function = _nesting(function)
+    single_level = _single_level(function)
 
     def autograd(keyset, *args):
         if _is_differentiated(args):
-            # NB: a transform of torch.func has already peeled off its level when it comes to this key, so the plain apply
-            # of one level is right; Function.apply would start the transforms again.
             with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, function).apply(*args)
+                return single_level.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _nesting(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The function with a `jvp` that outer forward modes (torch.func.jvp of jvp) can differentiate.
+def _single_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
+    """The function for one level of torch.func's transforms, with a `jvp` that outer forward modes (jvp of jvp) can differentiate.
+
+    NB: a transform has already peeled off its level when it comes to an op's autograd key; `torch.autograd.Function.apply` would
+    start the transforms again.
 
     NB: torch calls `Function.jvp` with all tangents hidden, lest the saved tensors' own enter the formula. That also hides
     those of outer levels, and their derivative would be lost without an error. So here tangents stay visible, and only this
@@ -61,7 +63,8 @@ def _nesting(function: type[torch.autograd.Function]) -> type[torch.autograd.Fun
             saved = tuple(None if x is None else forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors)
             return function.jvp(SimpleNamespace(**vars(ctx), saved_tensors=saved), *tangents)
 
-    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+    rules = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
+    return type(function.__name__, (_SingleLevelFunction,), rules | {"jvp": staticmethod(jvp)})
 
 
 def below_autograd(name: str, *args):
