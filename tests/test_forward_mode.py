@@ -125,8 +125,9 @@ def test_compiled(name, order, backend):
 
 
 @needs_compiled
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["attention", "irpe", "l2_normalize"])
-def test_compiled_dual_numbers(name):
+def test_compiled_dual_numbers(name, backend):
     torch._dynamo.reset()
     tensors, ours, exact = call(name)
     direction = [torch.randn_like(x) for x in tensors]
@@ -136,5 +137,5 @@ def test_compiled_dual_numbers(name):
             duals = [forward_ad.make_dual(x, t) for x, t in zip(tensors, direction)]
             return forward_ad.unpack_dual(ours(*duals)).tangent
 
-    found = torch.compile(derivative, backend="aot_eager")(tensors, direction)
+    found = torch.compile(derivative, backend=backend)(tensors, direction)
     close(found, along(exact, "f", direction)(*tensors))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops._register import AUTOCAST_DEVICES
 from ._checks import FLOATS, check_head_dim, check_probability, check_tensor, finite_float
 from ._encoded import Call, attend, bucket_rows, spread
 
@@ -112,13 +113,13 @@ def irpe_attention(
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
 
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if query_table is not None and key_padding_mask is not None:
         key = key.masked_fill(key_padding_mask[..., None, None], 0)  # what padding holds must not reach query_table's gradient
     tables = [None if table is None else table.to(query.dtype) for table in (key_table, query_table, value_table)]
     call = Call(key_index, query_index, bias_index, value_index, key_padding_mask, attn_mask, scale)
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext():
         if dropout_p > 0 or return_weights:
             out, lse, weights = _unfused(query, key, value, *tables, bias_table, call, dropout_p)
         else:

@@ -13,6 +13,9 @@ from torch.autograd.function import _SingleLevelFunction
 
 _library = torch.library.Library("natrpb", "IMPL")
 
+# NB: asked once and here, since torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = tuple(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
+
 
 def call_op(name: str, *args):
     """Calls `natrpb::name`; past its autograd kernel, which is Python and costs more than all checks, where none is needed."""
@@ -27,9 +30,13 @@ def _is_differentiated(args: Sequence) -> bool:
     """Whether an op's autograd function must see these arguments, in reverse or forward mode; where it is not certain, too."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return True
-    # NB: a compiled program enters its dual levels below Python, where `_current_level` does not see them.
     transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
     return transformed or forward_ad._current_level >= 0
+
+
+def _has_tangent(args: Sequence) -> bool:
+    """NB: a compiled program enters its dual levels below Python, where `_current_level` does not see them."""
+    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a, level=0).tangent is not None for a in args)
 
 
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
@@ -38,7 +45,7 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
     single_level = _single_level(function)
 
     def autograd(keyset, *args):
-        if _is_differentiated(args):
+        if _is_differentiated(args) or _has_tangent(args):
             with enable_single_level_autograd_function():
                 return single_level.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():

@@ -16,7 +16,15 @@ from torch.autograd import Function
 
 from .. import _ext, reference
 from ..patterns import Pattern
-from ._register import below_autograd, call_op, register_autocast, register_autograd, register_fake, register_vmap
+from ._register import (
+    AUTOCAST_DEVICES,
+    below_autograd,
+    call_op,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_vmap,
+)
 
 _NEG_INF = float("-inf")
 
@@ -68,7 +76,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _on_reference(function, casts: int, *args):
     """Calls the reference; under autocast with the first `casts` tensors cast, as the compiled op casts them."""
     device = args[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return function(*args)
     dtype = torch.get_autocast_dtype(device)
     cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:casts])
