@@ -55,10 +55,10 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
 
 
 def _single_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
-    """The function for one level of torch.func's transforms, with a `jvp` that outer forward modes (jvp of jvp) can differentiate.
+    """The function for one level of torch.func's transforms, with a `jvp` that outer forward modes (jvp of jvp) differentiate.
 
-    NB: a transform has already peeled off its level when it comes to an op's autograd key; `torch.autograd.Function.apply` would
-    start the transforms again.
+    NB: a transform has already peeled off its level when it comes to an op's autograd key; torch.autograd.Function.apply
+    would start the transforms again.
 
     NB: torch calls `Function.jvp` with all tangents hidden, lest the saved tensors' own enter the formula. That also hides
     those of outer levels, and their derivative would be lost without an error. So here tangents stay visible, and only this
