@@ -20,7 +20,7 @@ CUDA_TO_TEST := $(or $(CUDA_TOOLKIT),$(abspath $(VENV))/cuda/nvidia/cu13)
 CUDA_ARCHITECTURES := 8.0;9.0;10.0;12.0+PTX
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint format cpp-test cuda-check emulator-test gpu-check wheel clean FORCE
+.PHONY: help demo test bench build lint format cpp-test cuda-check emulator-test arm-check gpu-check wheel clean FORCE
 
 help:
 	@echo 'make demo       train a small NAT on handwritten digits and write pictures of what it learned'
@@ -32,6 +32,7 @@ help:
 	@echo 'make cpp-test   the C++ tests only, those of the emulated CUDA kernels included'
 	@echo 'make cuda-check compile the CUDA kernels for every architecture and look at the machine code; needs no GPU'
 	@echo 'make emulator-test  the Python tests of the ops, on the emulated CUDA kernels'
+	@echo 'make arm-check  the C++ tests of the CPU kernels for aarch64; needs aarch64-linux-gnu-g++ and qemu-aarch64'
 	@echo 'make gpu-check  on a machine with a GPU: build, tests, sanitizers, benchmarks, counters; PART=tests does one of them'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built (not $(VENV))'
@@ -78,6 +79,13 @@ cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
 	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_SANITIZE=address,undefined
 	$(CMAKE) --build build/cmake-sanitize
 	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure
+
+# The kernels of the C++ library for aarch64, cross-compiled and run by QEMU.
+arm-check: $(STAMPS)/test
+	$(CMAKE) -S . -B build/cmake-aarch64 $(CMAKE_OPTIONS) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	         -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ '-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu'
+	$(CMAKE) --build build/cmake-aarch64
+	$(VENV)/bin/ctest --test-dir build/cmake-aarch64 --output-on-failure -j 2
 
 # The ops on the emulated CUDA kernels.
 EMULATED_TESTS := local_attention local_attention_gradients unfused window determinism fuzz binding l2_normalize \

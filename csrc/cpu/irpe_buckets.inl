@@ -46,7 +46,7 @@ struct RowLookup {
   NATRPB_INLINE explicit RowLookup(const T* row) {
     unroll<2 * PAIRS>([&](auto i) NATRPB_LAMBDA { entry[decltype(i)::value] = load(row + decltype(i)::value * kLanes<T>); });
   }
-  NATRPB_INLINE Vec<T> operator()(Index<T> index) const {
+  NATRPB_INLINE Vec<T> operator()([[maybe_unused]] Index<T> index) const {
 #if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
     static_assert(sizeof(T) == 4);
     const __m512i i = bit_cast<__m512i>(index);  // of which a permutation takes the low bits

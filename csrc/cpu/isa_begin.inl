@@ -15,4 +15,7 @@
 #define NATRPB_TARGET_PRAGMA(t) NATRPB_PRAGMA(GCC target(t))
 #endif
 NATRPB_TARGET_PRAGMA(NATRPB_TARGET)
+#if NATRPB_VECTOR_BYTES == 64 && !defined(__clang__)
+NATRPB_TARGET_PRAGMA("prefer-vector-width=512")  // clang, which needs no such advice, would ignore the whole attribute
+#endif
 #endif

@@ -2,6 +2,6 @@
 #if defined(__x86_64__)
 #define NATRPB_ISA avx512
 #define NATRPB_VECTOR_BYTES 64
-#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #include "cpu/local_attention_isa.inl"
 #endif

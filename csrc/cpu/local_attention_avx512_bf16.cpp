@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #define NATRPB_ISA avx512_bf16
 #define NATRPB_VECTOR_BYTES 64
-#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512"
+#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 #define NATRPB_BF16_PRODUCTS
 #include "cpu/local_attention_isa.inl"
 #endif

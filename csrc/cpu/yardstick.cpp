@@ -33,7 +33,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 #define NATRPB_FUNCTION fma_avx512
 #define NATRPB_VECTOR_BYTES 64
-#define NATRPB_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#define NATRPB_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #include "cpu/yardstick_fma.inl"
 #endif
 

@@ -1,4 +1,7 @@
 // The vector functions of cpu/simd.inl for one instruction set, as loops over arrays; included once per set by test_simd.cpp.
+#ifndef __clang__
+#pragma GCC push_options
+#endif
 #include "cpu/isa_begin.inl"
 
 namespace natrpb::test::NATRPB_ISA {
@@ -36,6 +39,9 @@ void add_squares(const float* x, const float* y, int64_t count, uint16_t* pairs,
 }  // namespace natrpb::test::NATRPB_ISA
 
 #include "cpu/isa_end.inl"
+#ifndef __clang__
+#pragma GCC pop_options
+#endif
 
 #undef NATRPB_ISA
 #undef NATRPB_VECTOR_BYTES

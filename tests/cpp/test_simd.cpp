@@ -18,25 +18,19 @@
 #define NATRPB_VECTOR_BYTES 16
 #include "simd_isa.inl"
 #if defined(__x86_64__)
-#pragma GCC push_options
 #define NATRPB_ISA avx2
 #define NATRPB_VECTOR_BYTES 32
 #define NATRPB_TARGET "avx2,fma,f16c"
 #include "simd_isa.inl"
-#pragma GCC pop_options
-#pragma GCC push_options
 #define NATRPB_ISA avx512
 #define NATRPB_VECTOR_BYTES 64
-#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #include "simd_isa.inl"
-#pragma GCC pop_options
-#pragma GCC push_options
 #define NATRPB_ISA avx512_bf16
 #define NATRPB_VECTOR_BYTES 64
-#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512"
+#define NATRPB_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 #define NATRPB_BF16_PRODUCTS
 #include "simd_isa.inl"
-#pragma GCC pop_options
 #endif
 
 namespace {
