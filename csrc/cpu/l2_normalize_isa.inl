@@ -42,11 +42,6 @@ NATRPB_INLINE T inverse_length(T square) {
   return square == T(0) ? T(0) : T(1) / square_root(square);
 }
 
-template <class T, class S>
-NATRPB_INLINE void store_channels(S* p, Vec<T> v, int64_t left) {
-  left >= kLanes<T> ? store_as(p, v) : store_part<T>(p, v, left);
-}
-
 template <class S>
 struct L2Normalize {
   using T = Compute<S>;

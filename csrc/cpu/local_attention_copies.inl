@@ -11,6 +11,12 @@ NATRPB_INLINE Vec<T> load_channels(const S* p, int64_t left) {
   return left >= kLanes<T> ? load_as<T>(p) : load_part<T>(p, left);
 }
 
+// The first kLanes of `left` channels; nothing behind the last is touched.
+template <class T, class S>
+NATRPB_INLINE void store_channels(S* p, Vec<T> v, int64_t left) {
+  left >= kLanes<T> ? store_as(p, v) : store_part<T>(p, v, left);
+}
+
 // Where rows of channels lie: `step` elements apart, from row `width` on `jump` elements further.
 struct Steps {
   int64_t step;
@@ -86,10 +92,7 @@ bool copy_row_pairs(const BFloat16* from, int64_t step, int64_t count, int64_t c
 // to[channel] = factor * from[channel]
 template <class T, class S>
 void store_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
-  constexpr int L = kLanes<T>;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) store_as(to + c, load(from + c) * factor);
-  if (c < channels) store_part<T>(to + c, load(from + c) * factor, channels - c);
+  for (int64_t c = 0; c < channels; c += kLanes<T>) store_channels<T>(to + c, load(from + c) * factor, channels - c);
 }
 // to[channel] += factor * from[channel]
 template <class T, class S>
@@ -97,10 +100,6 @@ void add_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
   constexpr int L = kLanes<T>;
   for (int64_t c = 0; c < channels; c += L) {
     const Vec<T> sum = load_channels<T>(to + c, channels - c) + load(from + c) * factor;
-    if (channels - c >= L) {
-      store_as(to + c, sum);
-    } else {
-      store_part<T>(to + c, sum, channels - c);
-    }
+    store_channels<T>(to + c, sum, channels - c);
   }
 }

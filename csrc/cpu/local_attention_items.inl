@@ -281,11 +281,12 @@ struct Worker {
       p = weight_pairs;
     }
     if constexpr (std::is_same_v<S, T> || kPaired) {
-      if (channels % L == 0) return weighted_sum<F>(p, block, rows, kernel, x, SumTarget<T, S>{to, steps, factor});
-    }
-    weighted_sum<F>(p, block, rows, kernel, x, SumTarget<T, T>{result_tile, padded(channels), factor});
-    for (int l = 0; l < block.live; ++l) {
-      store_row(result_tile + l * padded(channels), channels, splat(T(1)), to + steps(l));
+      weighted_sum<F>(p, block, rows, kernel, x, SumTarget<T, S>{to, steps, channels, factor});
+    } else {
+      weighted_sum<F>(p, block, rows, kernel, x, SumTarget<T, T>{result_tile, padded(channels), padded(channels), factor});
+      for (int l = 0; l < block.live; ++l) {
+        store_row(result_tile + l * padded(channels), channels, splat(T(1)), to + steps(l));
+      }
     }
   }
 

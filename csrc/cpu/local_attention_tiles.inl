@@ -123,6 +123,7 @@ template <class T, class S>
 struct SumTarget {
   S* data;
   Steps steps;
+  int64_t channels;
   Vec<T> factor;
 };
 
@@ -162,7 +163,7 @@ void sum_tile(const Compute<F>* p, const Block<Compute<F>>& block, const KeyRows
     const Vec<T> factor = splat(T(out.factor[lane + n]));
     unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
       constexpr int m = decltype(v)::value;
-      store_as(to + n * out.steps.step + m * L, acc[n][m] * factor);
+      store_channels<T>(to + n * out.steps.step + m * L, acc[n][m] * factor, out.channels - channel - m * L);
     });
   });
 }
