@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import natrpb
 from natrpb import ops
 
 from .cases import CASES, Case
-from .support import COMPILED, needs_compiled, run_with_isa
+from .support import COMPILED, dtype_id, needs_compiled, run_with_isa
 
 pytestmark = needs_compiled
 
@@ -71,6 +73,22 @@ def test_running_again_gives_the_same_bits(case, threads):
     first = bits(case, torch.float32)
     for _ in range(5):
         assert all(torch.equal(one, other) for one, other in zip(first, bits(case, torch.float32)))
+
+
+@pytest.mark.not_emulated("only the CPU kernels keep scratch memory from call to call")
+@pytest.mark.not_on_cuda("only the CPU kernels keep scratch memory from call to call")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("kernel_size", range(2, 11))
+def test_what_earlier_calls_left_in_scratch_memory_does_not_matter(kernel_size, dtype, threads):
+    threads(1)  # whose scratch memory is the one that the earlier calls had
+    for length in range(max(16, kernel_size), 39, 3):
+        case = Case((length, length), kernel_size, head_dim=32)
+        first = bits(case, dtype)
+        inputs = case.inputs(dtype)
+        leaves = [torch.full_like(x, math.nan, requires_grad=True) for x in inputs.tensors()]
+        out, _ = ops.local_attention(*leaves, inputs.pattern, inputs.scale)
+        torch.autograd.grad(out, leaves, torch.full_like(out, math.nan))
+        assert all(torch.equal(one, other) for one, other in zip(first, bits(case, dtype), strict=True)), str(case)
 
 
 def test_samples_of_a_batch_do_not_depend_on_each_other():

@@ -58,12 +58,13 @@ struct Worker {
         column_pitch(padded(pl.key_size[2] + most_lead() + (is_neighborhood() ? L : k2 + L))),
         stream(p, pl) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
+    const int64_t words = kPaired ? rows * ceil_div(plan.key_size[2], 2) + 1 : keys;
     Arena arena(scratch);
     const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
     key_columns = take(needs.scores, rows * factors(depth) * column_pitch);
     value_columns = take(needs.dscores, rows * factors(value_depth) * column_pitch);
-    key_rows.data = take(needs.key_rows, keys * key_pitch);
-    value_rows.data = take(needs.value_rows, keys * value_pitch);
+    key_rows.data = take(needs.key_rows, words * key_pitch);
+    value_rows.data = take(needs.value_rows, words * value_pitch);
     dkey_sums = take(needs.dkey && !sums_in_place(params.dkey, depth), keys * key_pitch);
     dvalue_sums = take(needs.dvalue && !sums_in_place(params.dvalue, value_depth), keys * value_pitch);
     query_columns = take(needs.scores, kRowTile * factors(depth) * L);
@@ -127,7 +128,8 @@ struct Worker {
     });
   }
   // Points `rows` at the item's keys in `view`, or fills it with a copy, of columns two by two where factors are pairs. Whether sums
-  // can be made of it: a pair's weight of zero does not hide a number that is not finite.
+  // can be made of it: a pair's weight of zero does not hide a number that is not finite. NB: queries of an even kernel end a word
+  // behind their last column, with weights of zero: behind the last row as well.
   bool stage_rows(const View& view, int64_t channels, Rows<T>& rows) const {
     if (!kPaired && in_place(channels) && is_near(view, channels)) {
       place_rows(view, channels, rows);
@@ -143,6 +145,7 @@ struct Worker {
         copy_rows(from, column_step(view), item.key_n[2], channels, rows.at(r0, r1, 0));
       }
     });
+    if (kPaired) clear(rows.at(item.key_n[0], 0, 0), rows.channels);
     return finite;
   }
   // The item's keys in a tensor of the compute type.
