@@ -27,6 +27,20 @@ struct Steps {
   NATRPB_INLINE int64_t operator()(int64_t i) const { return i * step + (i >= width ? jump : 0); }
 };
 
+// One number per row of the first `live` lanes; the other lanes are zero.
+template <class T>
+NATRPB_INLINE Vec<T> load_numbers(const T* from, Steps steps, int live) {
+  T numbers[kLanes<T>] = {};
+  for (int l = 0; l < live; ++l) numbers[l] = from[steps(l)];
+  return load(numbers);
+}
+template <class T>
+NATRPB_INLINE void store_numbers(T* to, Steps steps, int live, Vec<T> v) {
+  T numbers[kLanes<T>];
+  store(numbers, v);
+  for (int l = 0; l < live; ++l) to[steps(l)] = numbers[l];
+}
+
 // to[i][channel] = from[i][channel]
 template <class T, class S>
 void copy_rows(const S* from, Steps steps, int64_t count, int64_t channels, T* to) {

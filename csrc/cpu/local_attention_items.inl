@@ -261,18 +261,10 @@ struct Worker {
 
   // Reads one number per live lane from a view with one channel; the other lanes are zero.
   Vec<T> load_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block) const {
-    const T* from = row_address<T>(params, item, view, p0, p1, block.column);
-    const Steps steps = lane_steps(view, block);
-    T numbers[L] = {};
-    for (int l = 0; l < block.live; ++l) numbers[l] = from[steps(l)];
-    return load(numbers);
+    return load_numbers<T>(row_address<T>(params, item, view, p0, p1, block.column), lane_steps(view, block), block.live);
   }
   void store_scalars(const View& view, int64_t p0, int64_t p1, const Block<T>& block, Vec<T> v) const {
-    T* to = row_address<T>(params, item, view, p0, p1, block.column);
-    const Steps steps = lane_steps(view, block);
-    T numbers[L];
-    store(numbers, v);
-    for (int l = 0; l < block.live; ++l) to[steps(l)] = numbers[l];
+    store_numbers<T>(row_address<T>(params, item, view, p0, p1, block.column), lane_steps(view, block), block.live, v);
   }
   // Writes factor[lane] * sum_t p[t][lane] * x[t] to the block's queries in `view`, in place or through a tile.
   void store_sums(const View& view, int64_t p0, int64_t p1, const Block<T>& block, const KeyRows& rows, const T* p,
