@@ -25,10 +25,10 @@ struct Worker {
   const int64_t table1, table2, bias_pitch;  // 2 K_1 - 1, 2 K_2 - 1, padded
   Rows<T> key_rows, value_rows, dkey_rows, dvalue_rows;
   T *dkey_sums, *dvalue_sums;      // dense rows, where the tensors cannot take the sums
-  T *key_columns, *value_columns;  // transposed rows, [key row][channel][column_pitch]
+  T *key_columns, *value_columns;  // transposed rows, [key row][factor][column_pitch]
   int64_t column_pitch;
   int64_t column_lead;              // the first key's column there: puts the keys of most blocks on a vector's boundary
-  T *query_columns, *dout_columns;  // [kRowTile][channel][L]
+  T *query_columns, *dout_columns;  // [kRowTile][factor][L]
   T *query_tile, *dout_tile;        // [kRowTile][L][pitch], copies of natural rows where the tensor will not do
   T* result_tile;                   // [L][pitch]
   T* weight_pairs;                  // [key rows][K_2 / 2 + 1][L]
