@@ -101,12 +101,18 @@ bool copy_row_pairs(const BFloat16* from, int64_t step, int64_t count, int64_t c
   for (int l = 0; l < L; ++l) any |= found[l];
   return any == 0;
 }
+// The same of rows of pairs [row][pitch].
+NATRPB_INLINE void pair_rows(const float* rows, int64_t pitch, int64_t count, int64_t channels, float* to) {
+  copy_row_pairs(reinterpret_cast<const BFloat16*>(rows), 2 * pitch, count, channels, to);
+}
 #endif
 
 // to[channel] = factor * from[channel]
 template <class T, class S>
 void store_row(const T* from, int64_t channels, Vec<T> factor, S* to) {
-  for (int64_t c = 0; c < channels; c += kLanes<T>) store_channels<T>(to + c, load(from + c) * factor, channels - c);
+  int64_t c = 0;
+  for (; c + kLanes<T> <= channels; c += kLanes<T>) store_as(to + c, load(from + c) * factor);
+  if (c < channels) store_part<T>(to + c, load(from + c) * factor, channels - c);
 }
 // to[channel] += factor * from[channel]
 template <class T, class S>

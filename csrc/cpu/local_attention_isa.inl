@@ -28,26 +28,57 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/local_attention_items.inl"
 
+#include "cpu/local_attention_products.inl"
+
+#include "cpu/local_attention_windows.inl"
+
 // ---- entry points, see kernels.h ----
 
+template <class S, class F = Compute<S>>
+struct Workers {
+  typedef Worker<S, F> general;
+  typedef WindowWorker<S, F> windows;
+};
+
+inline bool by_windows(const LocalAttentionParams& params, Op op) {
+  return (op == Op::kForward || op == Op::kBackward) && is_windowed(params);
+}
+
+template <class W>
+int64_t scratch_bytes_of(const LocalAttentionParams& params, const Plan& plan, Op op) {
+  if (by_windows(params, op)) {
+    return static_cast<int64_t>(typename W::windows(params, plan, op == Op::kBackward, nullptr).bytes);
+  }
+  return static_cast<int64_t>(typename W::general(params, plan, needs_of(op, params), nullptr).bytes);
+}
+
+template <class W>
+void run_windows(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
+  typename W::windows worker(params, plan, op == Op::kBackward, scratch);
+  if (!worker.begin(index)) return;
+  op == Op::kForward ? worker.forward() : worker.backward();
+}
+
 #ifdef NATRPB_BF16_PRODUCTS
+
+typedef Workers<BFloat16, Pair> Paired;
 
 // Whether products are made of pairs of bf16; everything else is done as without the instruction.
 bool is_paired(const LocalAttentionParams& params, Op op) {
   if (params.dtype != DType::kBFloat16 || params.head_dim % 2 != 0) return false;
-  return op == Op::kForward || (op == Op::kBackward && params.value_dim % 2 == 0);
+  const bool even_values = params.value_dim % 2 == 0;
+  return op == Op::kForward ? even_values || !is_windowed(params) : op == Op::kBackward && even_values;
 }
 
 int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
   const int64_t plain = avx512::kKernels.scratch_bytes(params, plan, op);
-  if (!is_paired(params, op)) return plain;
-  const Worker<BFloat16, Pair> worker(params, plan, needs_of(op, params), nullptr);
-  return max_of(plain, static_cast<int64_t>(worker.bytes));
+  return is_paired(params, op) ? max_of(plain, scratch_bytes_of<Paired>(params, plan, op)) : plain;
 }
 
 void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
   if (is_paired(params, op)) {
-    Worker<BFloat16, Pair> worker(params, plan, needs_of(op, params), scratch);
+    if (by_windows(params, op)) return run_windows<Paired>(params, plan, op, index, scratch);
+    Paired::general worker(params, plan, needs_of(op, params), scratch);
     if (worker.begin(index)) return op == Op::kForward ? worker.forward() : worker.backward();
   }
   avx512::kKernels.run_item(params, plan, op, index, scratch);
@@ -59,32 +90,24 @@ template <class F>
 auto with_storage(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
+      return f(Workers<double>{});
     case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
+      return f(Workers<BFloat16>{});
     case DType::kFloat16:
-      return f(static_cast<Float16*>(nullptr));
+      return f(Workers<Float16>{});
     default:
-      return f(static_cast<float*>(nullptr));
+      return f(Workers<float>{});
   }
 }
-template <class Pointer>
-struct StorageOf;
-template <class S>
-struct StorageOf<S*> {
-  typedef Worker<S> worker;
-};
 
 int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
-  return with_storage(params.dtype, [&](auto storage) {
-    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), nullptr);
-    return static_cast<int64_t>(worker.bytes);
-  });
+  return with_storage(params.dtype, [&](auto workers) { return scratch_bytes_of<decltype(workers)>(params, plan, op); });
 }
 
 void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
-  with_storage(params.dtype, [&](auto storage) {
-    typename StorageOf<decltype(storage)>::worker worker(params, plan, needs_of(op, params), scratch);
+  with_storage(params.dtype, [&](auto workers) {
+    if (by_windows(params, op)) return run_windows<decltype(workers)>(params, plan, op, index, scratch);
+    typename decltype(workers)::general worker(params, plan, needs_of(op, params), scratch);
     if (!worker.begin(index)) return;
     switch (op) {
       case Op::kForward:

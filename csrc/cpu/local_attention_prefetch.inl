@@ -17,17 +17,22 @@ NATRPB_INLINE void prefetch_columns(const S* row, int64_t step, int64_t count, i
   }
 }
 
+// Whether a call's query, key, value and out do not stay in the caches.
+inline bool leaves_caches(const LocalAttentionParams& params, size_t element_bytes) {
+  constexpr int64_t kCached = int64_t{8} << 20;  // measured, docs/design/cpu.md
+  int64_t positions = params.batch * params.heads;
+  for (const Axis& axis : params.axis) positions *= axis.length;
+  return positions * 2 * (params.head_dim + params.value_dim) * static_cast<int64_t>(element_bytes) > kCached;
+}
+
 // What a group of query rows asks for beside its work, where a call's tensors do not stay in the caches: the rows of its own
 // results, and the part of the upcoming item's keys and values that lies in that item's box where the group lies in this one's.
 // NB: one row at a time, between tiles. All at once, the requests would wait for one another, and the work for them.
 template <class S>
 class Stream {
  public:
-  Stream(const LocalAttentionParams& params, const Plan& plan) : params_(params), plan_(plan) {
-    int64_t positions = params.batch * params.heads;
-    for (const Axis& axis : params.axis) positions *= axis.length;
-    wanted_ = positions * 2 * (params.head_dim + params.value_dim) * static_cast<int64_t>(sizeof(S)) > kCached;
-  }
+  Stream(const LocalAttentionParams& params, const Plan& plan)
+      : params_(params), plan_(plan), wanted_(leaves_caches(params, sizeof(S))) {}
 
   void begin(const Item& item, const View& result, int64_t channels) {
     if (!wanted_) return;
@@ -61,8 +66,6 @@ class Stream {
   }
 
  private:
-  static constexpr int64_t kCached = int64_t{8} << 20;  // bytes of query, key, value and out; measured, docs/design/cpu.md
-
   struct Run {
     const S* row;
     int64_t step, count, channels;
@@ -81,10 +84,85 @@ class Stream {
 
   const LocalAttentionParams& params_;
   const Plan& plan_;
-  bool wanted_;
+  const bool wanted_;
   Item item_, upcoming_;
   View result_;
   int64_t channels_;
   Run runs_[3 * 2 * kRowTile];  // result, key, value; blocks fold up to two rows
   int next_ = 0, end_ = 0;
+};
+
+// The positions of one window, in-group; clipped where the map ends.
+struct Window {
+  int64_t first[kAxes];
+  int64_t count[kAxes];
+
+  int64_t positions() const { return count[0] * count[1] * count[2]; }
+  bool has_shape_of(const Window& other) const {
+    return count[0] == other.count[0] && count[1] == other.count[1] && count[2] == other.count[2];
+  }
+};
+
+// Rows of a tensor: what a window reads, or writes.
+struct Tensor {
+  const View* view;
+  int64_t channels;
+};
+
+// What a window's work asks for meanwhile: rows that are needed soon, a few of them between two tiles, as Stream does for blocks.
+template <class S>
+class Ahead {
+ public:
+  explicit Ahead(const LocalAttentionParams& params) : params_(params), wanted_(leaves_caches(params, sizeof(S))) {}
+
+  // What is added now is asked for in as many calls of next().
+  void begin(int64_t calls) {
+    calls_ = calls;
+    part_ = parts_;
+    end_ = parts_;
+    plane_ = row_ = column_ = groups_ = 0;
+  }
+  void add(const Item& item, const Window& window, const Tensor& tensor) {
+    if (!wanted_ || window.positions() == 0) return;
+    *end_++ = {&item, &window, tensor};
+    groups_ += window.count[0] * window.count[1] * ceil_div(window.count[2], kTogether);
+    at_once_ = ceil_div(groups_, calls_);
+  }
+  NATRPB_INLINE void next() {
+    if (part_ < end_) ask();
+  }
+
+ private:
+  struct Part {
+    const Item* item;
+    const Window* window;
+    Tensor tensor;
+  };
+  static constexpr int64_t kTogether = 8;  // neighboring positions
+
+  // NB: not inlined, lest the tiles around it lose registers to it.
+  [[gnu::noinline]] void ask() {
+    for (int64_t i = 0; i < at_once_ && part_ < end_; ++i) {
+      const Window& window = *part_->window;
+      const View& view = *part_->tensor.view;
+      const S* row = row_address<S>(params_, *part_->item, view, window.first[0] + plane_, window.first[1] + row_,
+                                    window.first[2] + column_);
+      prefetch_columns(row, view.space[2] * params_.axis[2].dilation, min_of(kTogether, window.count[2] - column_),
+                       part_->tensor.channels);
+      if ((column_ += kTogether) < window.count[2]) continue;
+      column_ = 0;
+      if (++row_ < window.count[1]) continue;
+      row_ = 0;
+      if (++plane_ < window.count[0]) continue;
+      plane_ = 0;
+      ++part_;
+    }
+  }
+
+  const LocalAttentionParams& params_;
+  const bool wanted_;
+  Part parts_[8];
+  Part *part_ = parts_, *end_ = parts_;
+  int64_t calls_ = 1, groups_ = 0, at_once_ = 0;
+  int64_t plane_ = 0, row_ = 0, column_ = 0;
 };

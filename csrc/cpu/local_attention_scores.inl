@@ -45,26 +45,45 @@ inline void pack_weights(const float* p, const Block<float>& block, const Kernel
     p += k2 * L;
   }
 }
+
+// Of scores [key][pitch]: to[key / 2][pitch] = the pair (p[key][query], p[key + 1][query]), zero behind the last key.
+inline void pair_keys(const float* p, int64_t pitch, int64_t keys, int64_t queries, float* to) {
+  constexpr int L = kLanes<float>;
+  for (int64_t k = 0; k < keys; k += 2, p += 2 * pitch, to += pitch) {
+    for (int64_t q = 0; q < queries; q += L) {
+      store(to + q, pair_up(load(p + q), k + 1 < keys ? load(p + pitch + q) : Vec<float>{}));
+    }
+  }
+}
+// to[key][pitch / 2, in whole vectors] = the pair (p[key][query], p[key][query + 1]).
+inline void pair_queries(const float* p, int64_t pitch, int64_t keys, int64_t queries, float* to) {
+  constexpr int L = kLanes<float>;
+  for (int64_t k = 0; k < keys; ++k, p += pitch) {
+    float* row = to + k * ceil_div(pitch, 2 * L) * L;
+    for (int64_t q = 0; q < queries; q += 2 * L, row += L) {
+      store(row, pair_neighbors(load(p + q), q + L < queries ? load(p + q + L) : Vec<float>{}));
+    }
+  }
+}
 #endif
 
-// scores -> exp(score - peak)
+// scores p[slot * step + lane] -> exp(score - peak)
 template <class T>
-NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots) {
-  constexpr int L = kLanes<T>;
+NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots, int64_t step = kLanes<T>) {
   Vec<T> peaks[4] = {load(p), load(p), load(p), load(p)};  // four chains hide the latency of the maximum
   int64_t t = 0;
   for (; t + 4 <= slots; t += 4) {
     unroll<4>([&](auto i) NATRPB_LAMBDA {
-      peaks[decltype(i)::value] = max<T>(peaks[decltype(i)::value], load(p + (t + decltype(i)::value) * L));
+      peaks[decltype(i)::value] = max<T>(peaks[decltype(i)::value], load(p + (t + decltype(i)::value) * step));
     });
   }
-  for (; t < slots; ++t) peaks[0] = max<T>(peaks[0], load(p + t * L));
+  for (; t < slots; ++t) peaks[0] = max<T>(peaks[0], load(p + t * step));
   const Vec<T> largest = max<T>(max<T>(peaks[0], peaks[1]), max<T>(peaks[2], peaks[3]));
   const Vec<T> peak = largest - largest == T(0) ? largest : Vec<T>{};  // infinite scores: inf - inf would lose lse
   Vec<T> sum{};
   for (t = 0; t < slots; ++t) {
-    const Vec<T> e = exp<T>(load(p + t * L) - peak);
-    store(p + t * L, e);
+    const Vec<T> e = exp<T>(load(p + t * step) - peak);
+    store(p + t * step, e);
     sum += e;
   }
   return {peak, sum};
@@ -72,16 +91,15 @@ NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots) {
 
 // p: scores -> weights exp(s - lse);  dp: d weights -> d scores p * (dp - sum p dp + dlse)
 template <class T>
-NATRPB_INLINE void differentiate_softmax(Vec<T> lse, Vec<T> dlse, int64_t slots, T* p, T* dp) {
-  constexpr int L = kLanes<T>;
+NATRPB_INLINE void differentiate_softmax(Vec<T> lse, Vec<T> dlse, int64_t slots, T* p, T* dp, int64_t step = kLanes<T>) {
   Vec<T> delta{};
   for (int64_t t = 0; t < slots; ++t) {
-    const Vec<T> weight = exp<T>(load(p + t * L) - lse);
-    store(p + t * L, weight);
-    delta += weight * load(dp + t * L);
+    const Vec<T> weight = exp<T>(load(p + t * step) - lse);
+    store(p + t * step, weight);
+    delta += weight * load(dp + t * step);
   }
   delta -= dlse;
-  for (int64_t t = 0; t < slots; ++t) store(dp + t * L, load(p + t * L) * (load(dp + t * L) - delta));
+  for (int64_t t = 0; t < slots; ++t) store(dp + t * step, load(p + t * step) * (load(dp + t * step) - delta));
 }
 
 // to[lane][slot] = p[slot][lane]

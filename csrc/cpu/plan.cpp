@@ -13,6 +13,9 @@ constexpr double kHaloAllowed = 1.5;
 // Axis 2 is cut in multiples of the widest vector's lanes.
 constexpr int64_t kColumnUnit = 16;
 
+// Windows of fewer positions would leave most lanes of a vector empty; the scores of more do not stay in a core's caches.
+constexpr int64_t kLeastPositions = 16, kMostPositions = 512;
+
 bool is_window(const Axis& axis) { return axis.kind == AxisKind::kWindow; }
 
 // Boxes of windowed axes start where windows start, so that no key belongs to two boxes.
@@ -35,6 +38,17 @@ bool shares_keys(const LocalAttentionParams& params, const Plan& plan, int axis)
 }
 
 }  // namespace
+
+bool is_windowed(const LocalAttentionParams& params) {
+  int64_t positions = 1;
+  for (const Axis& axis : params.axis) {
+    const bool whole = axis.kind == AxisKind::kNeighborhood && axis.kernel_size == axis.group_length(axis.groups() - 1) &&
+                       axis.kernel_size == axis.group_length(0);
+    if (!is_window(axis) && !whole) return false;
+    positions *= min_of(axis.kernel_size, axis.group_length(0));
+  }
+  return positions >= kLeastPositions && positions <= kMostPositions;
+}
 
 Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
   Plan plan{};

@@ -27,6 +27,10 @@ struct Plan {
   int64_t table;     // entries of one head's bias table
 };
 
+// Whether queries attend within windows of a size that WindowWorker is made for: all queries of one see all its keys, which are the same
+// positions. Neighborhoods as large as the map are such windows, too.
+bool is_windowed(const LocalAttentionParams& params);
+
 // `channels` is the number of compute-type elements that the op stages per key.
 Plan make_plan(const LocalAttentionParams& params, int64_t channels);
 

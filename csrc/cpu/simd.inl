@@ -381,6 +381,10 @@ NATRPB_INLINE Vec<float> pair_up(Vec<float> low, Vec<float> high) {
   const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
   return bit_cast<Vec<float>>(_mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), halves));
 }
+// The neighbors low[0] and low[1], low[2] and low[3], ..., high[0] and high[1], ..., rounded, in one lane each.
+NATRPB_INLINE Vec<float> pair_neighbors(Vec<float> low, Vec<float> high) {
+  return bit_cast<Vec<float>>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+}
 #endif
 
 // sum + a b: of numbers, or of each lane's pairs, whose exact products are added in fp32.

@@ -300,7 +300,9 @@ Axis neighborhood(int64_t length, int64_t kernel_size, int64_t stride = 1, int64
 Axis causal(int64_t length, int64_t kernel_size, int64_t stride = 1, int64_t dilation = 1) {
   return {length, kernel_size, stride, dilation, 0, AxisKind::kCausal};
 }
-Axis window(int64_t length, int64_t size, int64_t shift) { return {length, size, 1, 1, shift, AxisKind::kWindow}; }
+Axis window(int64_t length, int64_t size, int64_t shift, int64_t dilation = 1) {
+  return {length, size, 1, dilation, shift, AxisKind::kWindow};
+}
 
 template <class Backend, DType kDType>
 void test_dtype(const std::vector<Case>& cases, const std::vector<Layout>& layouts) {

@@ -12,6 +12,7 @@ namespace {
 using natrpb::Axis;
 using natrpb::AxisKind;
 using natrpb::Interval;
+using natrpb::cpu::is_windowed;
 using natrpb::cpu::Item;
 using natrpb::cpu::Plan;
 
@@ -37,6 +38,9 @@ void check_axis(const natrpb::LocalAttentionParams& params, int a, const std::st
           const Interval seen = axis.keys(p, size);
           natrpb::test::check(keys.contains(seen.first) && keys.contains(seen.last),
                               [&] { return name + ": query " + std::to_string(p) + " needs a key outside of its box"; });
+          const Interval back = axis.keys(seen.first, size);
+          natrpb::test::check(!is_windowed(params) || (back.first == seen.first && back.last == seen.last),
+                              [&] { return name + ": query " + std::to_string(p) + " is in no window"; });
         }
         for (int64_t k = keys.first; k <= keys.last; ++k) ++colored[item.color >> a & 1][k];
       }
@@ -64,11 +68,39 @@ void check_all(int a, Axis axis) {
   }
 }
 
+// Which patterns are done window by window.
+void check_windowed() {
+  const auto axis = [](AxisKind kind, int64_t length, int64_t kernel_size) {
+    Axis axis;
+    axis.kind = kind;
+    axis.length = length;
+    axis.kernel_size = kernel_size;
+    return axis;
+  };
+  const auto expect = [](bool expected, Axis rows, Axis columns, const char* what) {
+    natrpb::LocalAttentionParams params;
+    params.axis[1] = rows;
+    params.axis[2] = columns;
+    natrpb::test::check(is_windowed(params) == expected, [&] { return std::string(what) + ": windowed or not"; });
+  };
+  const Axis window = axis(AxisKind::kWindow, 56, 7);
+  expect(true, window, window, "windows");
+  expect(true, axis(AxisKind::kNeighborhood, 7, 7), axis(AxisKind::kNeighborhood, 5, 5), "neighborhoods of the whole map");
+  expect(true, window, axis(AxisKind::kNeighborhood, 7, 7), "a window on one axis, all of the other");
+  expect(false, window, axis(AxisKind::kNeighborhood, 8, 7), "neighborhoods on one axis");
+  expect(false, window, axis(AxisKind::kCausal, 7, 7), "causal on one axis");
+  expect(false, axis(AxisKind::kWindow, 56, 3), axis(AxisKind::kWindow, 56, 5), "fifteen positions");
+  expect(true, axis(AxisKind::kWindow, 56, 16), axis(AxisKind::kWindow, 56, 32), "512 positions");
+  expect(false, axis(AxisKind::kWindow, 56, 19), axis(AxisKind::kWindow, 56, 27), "513 positions");
+  expect(false, axis(AxisKind::kWindow, 3, 16), axis(AxisKind::kWindow, 5, 32), "a map of fifteen positions");
+}
+
 }  // namespace
 
 int main() {
+  check_windowed();
   for (int a : {1, 2}) {
-    for (int64_t kernel_size : {1, 2, 3, 4, 7, 8, 13}) {
+    for (int64_t kernel_size : {1, 2, 3, 4, 7, 8, 13, 17}) {
       Axis axis;
       axis.kernel_size = kernel_size;
       for (axis.kind = AxisKind::kNeighborhood;; axis.kind = AxisKind::kCausal) {

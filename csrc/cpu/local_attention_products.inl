@@ -1,0 +1,91 @@
+// Products of small matrices in scratch memory: c = start + scale a b, b and c made of whole vectors, a of factors.
+
+// Where a's factors lie: (row, word) at a[row * step + word], or at a[row + word * step].
+enum class Order { kRows, kColumns };
+
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_step;
+  const T* b;  // [word][b_step]
+  int64_t b_step;
+  int64_t words;
+  T* c;  // [row][c_step]
+  int64_t c_step;
+  T scale;
+  const T* start;  // [row][start_step]; nullptr: zeros
+  int64_t start_step;
+};
+
+// ROWS x VECTORS accumulators; VECTORS of b and one factor of a beside them must fit the register file.
+template <class F, Order O, int ROWS, int VECTORS>
+void product_tile(const Product<Compute<F>>& m) {
+  using T = Compute<F>;
+  constexpr int L = kLanes<T>;
+  const int64_t step = O == Order::kColumns ? m.a_step : 1;
+  const T* a[ROWS];
+  unroll<ROWS>([&](auto i)
+                   NATRPB_LAMBDA { a[decltype(i)::value] = m.a + decltype(i)::value * (O == Order::kColumns ? 1 : m.a_step); });
+  const T* b = m.b;
+  Vec<T> acc[ROWS][VECTORS] = {};
+  for (int64_t w = 0; w < m.words; ++w, b += m.b_step) {
+    Vec<T> row[VECTORS];
+    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { row[decltype(v)::value] = in_register(load(b + decltype(v)::value * L)); });
+    unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
+      constexpr int n = decltype(i)::value;
+      const Vec<T> factor = in_register(splat(a[n][w * step]));
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        acc[n][decltype(v)::value] = multiply_add<F>(acc[n][decltype(v)::value], factor, row[decltype(v)::value]);
+      });
+    });
+  }
+  const Vec<T> scale = splat(m.scale);
+  unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
+    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+      constexpr int n = decltype(i)::value, at = decltype(v)::value * L;
+      const Vec<T> sum = scale * acc[n][decltype(v)::value];
+      store(m.c + n * m.c_step + at, m.start ? load(m.start + n * m.start_step + at) + sum : sum);
+    });
+  });
+}
+
+inline constexpr int kProductRows = NATRPB_VECTOR_BYTES == 64 ? 8 : 5, kProductVectors = 2;
+
+template <class T>
+using ProductTile = void (*)(const Product<T>&);
+
+template <class F, Order O, int... I>
+NATRPB_INLINE ProductTile<Compute<F>> pick_product_tile(int index, std::integer_sequence<int, I...>) {
+  static constexpr ProductTile<Compute<F>> tiles[] = {&product_tile<F, O, I / kProductVectors + 1, I % kProductVectors + 1>...};
+  return tiles[index];
+}
+
+// c = start + scale a b for `rows` rows and `columns` columns, a multiple of kLanes; between() is called between tiles. Sums of more
+// than `run` words are made of parts: a single long chain of fp32 additions, begun from a large bias at that, would err several
+// times more.
+template <class F, Order O, class Between>
+void multiply(const Product<Compute<F>>& m, int64_t rows, int64_t columns, int64_t run, Between&& between) {
+  using T = Compute<F>;
+  constexpr int L = kLanes<T>;
+  const int64_t most = ceil_div(rows, ceil_div(rows, kProductRows));
+  for (int64_t j = 0; j < columns; j += kProductVectors * L) {
+    const int64_t vectors = min_of(kProductVectors, (columns - j) / L);
+    for (int64_t i = 0; i < rows; i += most) {
+      const int64_t n = min_of(most, rows - i);
+      const auto tile = pick_product_tile<F, O>(static_cast<int>((n - 1) * kProductVectors + vectors - 1),
+                                                std::make_integer_sequence<int, kProductRows * kProductVectors>{});
+      Product<T> part = m;
+      part.c += i * m.c_step + j;
+      if (m.start) part.start += i * m.start_step + j;
+      for (int64_t w = 0; w < m.words; w += run) {
+        part.a = m.a + (O == Order::kColumns ? i + w * m.a_step : i * m.a_step + w);
+        part.b = m.b + w * m.b_step + j;
+        part.words = min_of(run, m.words - w);
+        tile(part);
+        part.start = part.c;
+        part.start_step = part.c_step;
+      }
+      between();
+    }
+  }
+}

@@ -1,0 +1,373 @@
+// Fused attention where the queries of a window see all its keys, which are the same positions: every step is a product of small
+// matrices. A window's rows are gathered; scores lie as [key][query], a few vectors of queries at a time, so that softmax goes lane
+// by lane.
+//
+//   forward    s = bias + scale k q^T,  p = softmax(s),  out = p^T v
+//   backward   dp = v dout^T,  ds = p (dp - delta),  dq = scale ds^T k,  dk = scale ds q,  dv = p dout,  dbias += ds
+//
+// Bytes: every tensor is read or written once. Scores, and the bias and its gradient spread to their shape, live in scratch memory.
+
+// F is what products are made of, as in Worker.
+template <class S, class F = Compute<S>>
+struct WindowWorker {
+  using T = Compute<S>;
+  using Word = std::conditional_t<std::is_same_v<F, T>, S, F>;  // F in storage
+  static constexpr int L = kLanes<T>;
+  static constexpr bool kPaired = kNumbers<F> == 2;
+  static constexpr int64_t kWidth = 4 * L;  // queries whose scores are in memory at a time
+
+  const LocalAttentionParams& params;
+  const Plan& plan;
+  Item item;
+  Window shape{};                                         // what bias and dbias are laid out for
+  int64_t positions, lanes;                               // of that shape, and padded to whole vectors
+  int64_t width;                                          // of the parts that scores are formed in
+  int64_t calls;                                          // tiles of its products
+  const int64_t depth, value_depth;                       // D, Dv
+  const int64_t key_pitch, value_pitch;                   // of natural rows, in factors
+  const int64_t sum_pitch;                                // of results, in channels
+  T *query, *key, *value, *dout;                          // natural rows; of queries, zero behind the last
+  T *query_columns, *dout_columns;                        // [factor][lanes]
+  T *query_words, *key_words, *value_words, *dout_words;  // rows that sums are made of: the natural ones, or of two rows' pairs
+  T *score, *dscore;                                      // [key][width]
+  T* weights;                                             // pairs of scores
+  T *bias, *dbias;                                        // [key][lanes]
+  T *bias_table, *dbias_table;                            // a head's, each row backwards: as the queries of a row go forwards
+  T *result, *dkey, *dvalue;                              // [position][sum_pitch]
+  T *lse, *dlse, *sum;                                    // [lanes]
+  Ahead<S> ahead;
+  size_t bytes;
+
+  static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
+  static int64_t factors(int64_t channels) { return channels / kNumbers<F>; }
+
+  WindowWorker(const LocalAttentionParams& p, const Plan& pl, bool backward, void* scratch)
+      : params(p),
+        plan(pl),
+        depth(p.head_dim),
+        value_depth(p.value_dim),
+        key_pitch(padded(factors(depth))),
+        value_pitch(padded(factors(value_depth))),
+        sum_pitch(padded(max_of(depth, value_depth))),
+        ahead(p) {
+    int64_t most = 1;
+    for (const Axis& axis : params.axis) most *= min_of(axis.kernel_size, axis.group_length(0));
+    const int64_t n = padded(most), scores = n * min_of(n, kWidth), sums = n * sum_pitch;
+    Arena arena(scratch);
+    const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
+    query = take(true, n * key_pitch);
+    key = take(true, n * key_pitch);
+    value = take(true, n * value_pitch);
+    dout = take(backward, n * value_pitch);
+    query_columns = take(true, factors(depth) * n);
+    dout_columns = take(backward, factors(value_depth) * n);
+    query_words = kPaired ? take(backward, sums / 2) : query;
+    key_words = kPaired ? take(backward, sums / 2) : key;
+    value_words = kPaired ? take(!backward, sums / 2) : value;
+    dout_words = kPaired ? take(backward, sums / 2) : dout;
+    score = take(true, scores);
+    dscore = take(backward, scores);
+    weights = take(kPaired, scores);
+    bias = take(params.rpb, n * n + L);
+    dbias = take(backward && params.drpb, n * n + L);
+    bias_table = take(params.rpb, plan.table + L);
+    dbias_table = take(backward && params.drpb, plan.table + L);
+    result = take(true, sums);
+    dkey = take(backward, sums);
+    dvalue = take(backward, sums);
+    lse = take(true, n);
+    dlse = take(backward, n);
+    sum = take(!backward, n);
+    bytes = arena.used();
+  }
+
+  bool begin(int64_t index) {
+    item = locate(params, plan, index);
+    shape = {};
+    positions = 0;
+    if (item.empty) return false;
+    if (bias) turn_table(static_cast<const T*>(params.rpb) + item.head * plan.table, bias_table);
+    if (dbias) clear(dbias_table, plan.table);
+    return true;
+  }
+
+  // ---- windows ----
+
+  // Calls body(window) for the windows of `box` until it returns false; those of one shape together, where most of them are.
+  template <class Body>
+  void for_windows(const Item& box, Body&& body) const {
+    const auto along = [&](int axis, auto&& next) NATRPB_LAMBDA {
+      for (int64_t p = box.lo[axis]; p < box.hi[axis];) {
+        const Interval keys = params.axis[axis].keys(p, box.size[axis]);
+        if (!next(keys)) return false;
+        p = keys.last + 1;
+      }
+      return true;
+    };
+    for (const bool clipped : {false, true}) {
+      const bool all = along(2, [&](Interval columns) {
+        return along(0, [&](Interval planes) {
+          return along(1, [&](Interval rows) {
+            const Window window{{planes.first, rows.first, columns.first}, {planes.count(), rows.count(), columns.count()}};
+            return (window.positions() < plan.slots) != clipped || body(window);
+          });
+        });
+      });
+      if (!all) return;
+    }
+  }
+  // Calls body(window) for the item's windows; what it writes and what the next one reads is asked for in `calls` of ahead.next().
+  template <int OUTPUTS, int INPUTS, class Body>
+  void for_windows(const Tensor (&outputs)[OUTPUTS], const Tensor (&inputs)[INPUTS], Body&& body) {
+    Window window{};
+    const auto work = [&](const Item& next_item, const Window& next) {
+      if (!window.has_shape_of(shape)) begin_shape(window);
+      ahead.begin(calls);
+      for (const Tensor& tensor : outputs) ahead.add(item, window, tensor);
+      for (const Tensor& tensor : inputs) ahead.add(next_item, next, tensor);
+      body(window);
+    };
+    for_windows(item, [&](const Window& next) {
+      if (window.positions()) work(item, next);
+      window = next;
+      return true;
+    });
+    Item next_item{};
+    Window next{};
+    if (item.index + 1 < plan.items) next_item = locate(params, plan, item.index + 1);
+    for_windows(next_item, [&](const Window& first) {
+      next = first;
+      return false;
+    });
+    work(next_item, next);
+  }
+
+  // Calls run(address of the first, its number, how many) for neighboring positions of a window on axis 2; they lie `step(view)` apart.
+  template <class Out, class Run>
+  void for_runs(const Window& window, const View& view, Run&& run) const {
+    int64_t at = 0;
+    for (int64_t i = 0; i < window.count[0]; ++i) {
+      for (int64_t j = 0; j < window.count[1]; ++j, at += window.count[2]) {
+        run(row_address<Out>(params, item, view, window.first[0] + i, window.first[1] + j, window.first[2]), at,
+            window.count[2]);
+      }
+    }
+  }
+  int64_t step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
+
+  void load_rows(const Window& window, const View& view, int64_t channels, int64_t pitch, T* to) const {
+    const int64_t words = factors(channels);
+    for_runs<S>(window, view, [&](const S* from, int64_t at, int64_t count) NATRPB_LAMBDA {
+      for (int64_t i = at; i < at + count; ++i, from += step(view)) {
+        const Word* row = reinterpret_cast<const Word*>(from);
+        T* copy = to + i * pitch;
+        int64_t c = 0;
+        for (; c + L <= words; c += L) store(copy + c, load_as<T>(row + c));
+        if (c < words) store(copy + c, load_part<T>(row + c, words - c));
+      }
+    });
+  }
+  // Writes rows [position][sum_pitch] to `view`, times factor(row).
+  template <class Factor>
+  void store_rows(const T* rows, const Window& window, const View& view, int64_t channels, Factor&& factor) const {
+    for_runs<S>(window, view, [&](S* to, int64_t at, int64_t count) NATRPB_LAMBDA {
+      for (int64_t i = at; i < at + count; ++i, to += step(view)) {
+        store_row(rows + i * sum_pitch, channels, splat(factor(i)), to);
+      }
+    });
+  }
+  // One number per position; those behind the last are `rest`.
+  void load_numbers_of(const Window& window, const View& view, T rest, T* to) const {
+    for_runs<T>(window, view, [&](const T* from, int64_t at, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) to[at + i] = from[i * step(view)];
+    });
+    for (int64_t i = positions; i < lanes; ++i) to[i] = rest;
+  }
+  void store_numbers_of(const Window& window, const View& view, const T* numbers) const {
+    for_runs<T>(window, view, [&](T* to, int64_t at, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) to[i * step(view)] = numbers[at + i];
+    });
+  }
+  void transpose_rows(const T* rows, int64_t pitch, int64_t words, T* columns) const {
+    copy_columns<T>(rows, pitch, lanes, words, lanes, columns);
+  }
+
+  // ---- bias ----
+
+  // to = a head's table with every row backwards; and back again.
+  void turn_table(const T* table, T* to) const {
+    const int64_t size = 2 * params.axis[2].kernel_size - 1;
+    for (int64_t row = 0; row < plan.table; row += size) {
+      for (int64_t i = 0; i < size; ++i) to[row + i] = table[row + size - 1 - i];
+    }
+  }
+  // Calls run(at, entry) for every key and every row of queries on axis 2, in this order: what belongs to the queries one by one lies
+  // from [key][lanes] number `at` and from entry `entry` of a turned table on.
+  template <class Run>
+  void for_bias_runs(Run&& run) const {
+    const Axis(&axis)[kAxes] = params.axis;
+    const int64_t width2 = 2 * axis[2].kernel_size - 1, width1 = 2 * axis[1].kernel_size - 1;
+    int64_t key_row = 0;
+    for (int64_t k0 = 0; k0 < shape.count[0]; ++k0) {
+      for (int64_t k1 = 0; k1 < shape.count[1]; ++k1) {
+        for (int64_t k2 = 0; k2 < shape.count[2]; ++k2, key_row += lanes) {
+          int64_t at = key_row;
+          for (int64_t q0 = 0; q0 < shape.count[0]; ++q0) {
+            for (int64_t q1 = 0; q1 < shape.count[1]; ++q1, at += shape.count[2]) {
+              const int64_t row = axis[0].bias_index(q0, k0) * width1 + axis[1].bias_index(q1, k1);
+              run(at, (row + 1) * width2 - 1 - axis[2].bias_index(0, k2));
+            }
+          }
+        }
+      }
+    }
+  }
+  // Lays bias and dbias out for windows of the shape of `window`.
+  void begin_shape(const Window& window) {
+    flush_bias();
+    shape = window;
+    positions = window.positions();
+    lanes = padded(positions);
+    width = min_of(lanes, kWidth);
+    const auto tiles = [&](int64_t columns) {
+      return ceil_div(positions, kProductRows) * ceil_div(columns, kProductVectors * L);
+    };
+    calls = dout ? 2 * (tiles(lanes) + tiles(depth)) + tiles(value_depth) : tiles(lanes) + tiles(value_depth);
+    const int64_t rest = lanes - positions;
+    clear(query + positions * key_pitch, rest * key_pitch);
+    if (dout) clear(dout + positions * value_pitch, rest * value_pitch);
+    if (dbias) clear(dbias, positions * lanes);
+    if (!bias) return;
+    for_bias_runs([&](int64_t at, int64_t entry) NATRPB_LAMBDA {
+      // NB: whole vectors; the next run, or the next loop, overwrites what is too much
+      for (int64_t i = 0; i < shape.count[2]; i += L) store(bias + at + i, load(bias_table + entry + i));
+    });
+    for (int64_t k = 0; k < positions; ++k) clear(bias + k * lanes + positions, rest);
+  }
+  void flush_bias() const {
+    if (!dbias || positions == 0) return;
+    for_bias_runs([&](int64_t at, int64_t entry)
+                      NATRPB_LAMBDA { add_row(dbias + at, shape.count[2], splat(T(1)), dbias_table + entry); });
+  }
+
+  // ---- products ----
+
+  // Some of a window's queries.
+  struct Part {
+    int64_t begin, live;
+    int64_t lanes;  // live, padded to whole vectors
+  };
+  template <class Body>
+  void for_parts(Body&& body) const {
+    for (int64_t q = 0; q < positions; q += width) {
+      body(Part{q, min_of(width, positions - q), min_of(width, lanes - q)});
+    }
+  }
+
+  // to[key][query] = start + scale * sum_c rows[key][c] columns[c][query]
+  void score_pairs(const Part& part, const T* rows, int64_t pitch, const T* columns, int64_t words, T scale, const T* start,
+                   T* to) {
+    constexpr int64_t kRun = 32;
+    Product<T> m{rows, pitch, columns + part.begin, lanes, words, to, width, scale, start, lanes};
+    if (start) m.start += part.begin;
+    multiply<F, Order::kRows>(m, positions, part.lanes, kRun, [&] { ahead.next(); });
+  }
+  // result[query] = sum_k p[key][query] rows[key]
+  void sum_keys(const Part& part, const T* p, const T* rows, int64_t channels) {
+    if constexpr (kPaired) {
+      pair_keys(p, width, positions, part.lanes, weights);
+      p = weights;
+    }
+    const int64_t words = ceil_div(positions, kNumbers<F>), pitch = padded(channels);
+    const Product<T> m{p, width, rows, pitch, words, result + part.begin * sum_pitch, sum_pitch, T(1), nullptr, 0};
+    multiply<F, Order::kColumns>(m, part.live, pitch, words, [&] { ahead.next(); });
+  }
+  // sums[key] (+)= sum_q p[key][query] rows[query]
+  void sum_queries(const Part& part, const T* p, const T* rows, int64_t channels, T* sums) {
+    int64_t step = width;
+    if constexpr (kPaired) {
+      pair_queries(p, width, positions, part.lanes, weights);
+      p = weights;
+      step = padded(width / 2);
+    }
+    const int64_t words = ceil_div(part.live, kNumbers<F>), pitch = padded(channels);
+    const T* from = rows + part.begin / kNumbers<F> * pitch;
+    const Product<T> m{p, step, from, pitch, words, sums, sum_pitch, T(1), part.begin ? sums : nullptr, sum_pitch};
+    multiply<F, Order::kRows>(m, positions, pitch, words, [&] { ahead.next(); });
+  }
+
+  // ---- ops ----
+  void forward() {
+    const Tensor outputs[] = {{&params.out, value_depth}};
+    const Tensor inputs[] = {{&params.query, depth}, {&params.key, depth}, {&params.value, value_depth}};
+    for_windows(outputs, inputs, [&](const Window& window) {
+      load_rows(window, params.query, depth, key_pitch, query);
+      load_rows(window, params.key, depth, key_pitch, key);
+      load_rows(window, params.value, value_depth, value_pitch, value);
+      if constexpr (kPaired) pair_rows(value, value_pitch, positions, value_depth, value_words);
+      transpose_rows(query, key_pitch, factors(depth), query_columns);
+      for_parts([&](const Part& part) {
+        score_pairs(part, key, key_pitch, query_columns, factors(depth), static_cast<T>(params.scale), bias, score);
+        for (int64_t q = 0; q < part.lanes; q += L) {
+          const Softmax<T> softmax = exponentiate(score + q, positions, width);
+          store(sum + part.begin + q, softmax.sum);
+          store(lse + part.begin + q, softmax.peak + log<T>(softmax.sum));
+        }
+        sum_keys(part, score, value_words, value_depth);
+      });
+      store_rows(result, window, params.out, value_depth, [&](int64_t query) { return T(1) / sum[query]; });
+      store_numbers_of(window, params.lse, lse);
+    });
+  }
+
+  void backward() {
+    const T scale = static_cast<T>(params.scale);
+    const Tensor outputs[] = {{&params.dquery, depth}, {&params.dkey, depth}, {&params.dvalue, value_depth}};
+    const Tensor inputs[] = {
+        {&params.query, depth}, {&params.key, depth}, {&params.value, value_depth}, {&params.dout, value_depth}};
+    for_windows(outputs, inputs, [&](const Window& window) {
+      load_rows(window, params.query, depth, key_pitch, query);
+      load_rows(window, params.key, depth, key_pitch, key);
+      load_rows(window, params.value, value_depth, value_pitch, value);
+      load_rows(window, params.dout, value_depth, value_pitch, dout);
+      load_numbers_of(window, params.lse, kInfinity<T>, lse);  // weights of zero behind the last query
+      transpose_rows(query, key_pitch, factors(depth), query_columns);
+      transpose_rows(dout, value_pitch, factors(value_depth), dout_columns);
+      if constexpr (kPaired) {
+        pair_rows(query, key_pitch, positions, depth, query_words);
+        pair_rows(key, key_pitch, positions, depth, key_words);
+        pair_rows(dout, value_pitch, positions, value_depth, dout_words);
+      }
+      if (params.dlse.data) {
+        load_numbers_of(window, params.dlse, T(0), dlse);
+      } else {
+        clear(dlse, lanes);
+      }
+      for_parts([&](const Part& part) {
+        score_pairs(part, key, key_pitch, query_columns, factors(depth), scale, bias, score);
+        score_pairs(part, value, value_pitch, dout_columns, factors(value_depth), T(1), nullptr, dscore);
+        for (int64_t q = 0; q < part.lanes; q += L) {
+          differentiate_softmax(load(lse + part.begin + q), load(dlse + part.begin + q), positions, score + q, dscore + q,
+                                width);
+        }
+        if (dbias) add_bias_grad(part);
+        sum_keys(part, dscore, key_words, depth);
+        sum_queries(part, dscore, query_words, depth, dkey);
+        sum_queries(part, score, dout_words, value_depth, dvalue);
+      });
+      const auto scaled = [&](int64_t) { return scale; };
+      store_rows(result, window, params.dquery, depth, scaled);
+      store_rows(dkey, window, params.dkey, depth, scaled);
+      store_rows(dvalue, window, params.dvalue, value_depth, [](int64_t) { return T(1); });
+    });
+    if (!dbias) return;
+    flush_bias();
+    turn_table(dbias_table, static_cast<T*>(params.workspace) + item.index * plan.table);
+  }
+  void add_bias_grad(const Part& part) const {
+    for (int64_t k = 0; k < positions; ++k) {
+      T* to = dbias + k * lanes + part.begin;
+      for (int64_t q = 0; q < part.lanes; q += L) store(to + q, load(to + q) + load(dscore + k * width + q));
+    }
+  }
+};
