@@ -69,14 +69,14 @@ CMAKE := $(VENV)/bin/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release
 
 CONFIGURE = torch=$$($(PY) -c 'import torch; print(torch.__path__[0])'); \
-	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_EMULATOR=ON -DNATRPB_TORCH="$$torch" \
+	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_TILE_TWIN=ON -DNATRPB_EMULATOR=ON -DNATRPB_TORCH="$$torch" \
 	         -DNATRPB_CUDA_INCLUDE=$(CUDA_TO_TEST)/include
 
 cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
 	$(CONFIGURE)
 	$(CMAKE) --build build/cmake
 	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure -j 2
-	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_SANITIZE=address,undefined
+	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_TILE_TWIN=ON -DNATRPB_SANITIZE=address,undefined
 	$(CMAKE) --build build/cmake-sanitize
 	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure
 

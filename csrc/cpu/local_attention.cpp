@@ -18,6 +18,7 @@ namespace {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
+  if (active_isa() == Isa::kAmx) return amx::kKernels;
   if (active_isa() == Isa::kAvx512Bf16) return avx512_bf16::kKernels;
   if (active_isa() == Isa::kAvx512) return avx512::kKernels;
   if (active_isa() == Isa::kAvx2) return avx2::kKernels;

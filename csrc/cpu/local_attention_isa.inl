@@ -28,6 +28,9 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/local_attention_items.inl"
 
+#ifdef NATRPB_TILES
+#include "cpu/amx.inl"
+#endif
 #include "cpu/local_attention_products.inl"
 
 #include "cpu/local_attention_windows.inl"
@@ -63,11 +66,16 @@ void run_windows(const LocalAttentionParams& params, const Plan& plan, Op op, in
 
 typedef Workers<BFloat16, Pair> Paired;
 
-// Whether products are made of pairs of bf16; everything else is done as without the instruction.
+// Whether products are made of pairs of bf16; everything else is done as without the instructions.
 bool is_paired(const LocalAttentionParams& params, Op op) {
   if (params.dtype != DType::kBFloat16 || params.head_dim % 2 != 0) return false;
   const bool even_values = params.value_dim % 2 == 0;
-  return op == Op::kForward ? even_values || !is_windowed(params) : op == Op::kBackward && even_values;
+  if (by_windows(params, op)) return even_values;
+#ifdef NATRPB_TILES
+  return false;
+#else
+  return op == Op::kForward || (op == Op::kBackward && even_values);
+#endif
 }
 
 int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op op) {
@@ -76,12 +84,17 @@ int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op o
 }
 
 void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
-  if (is_paired(params, op)) {
-    if (by_windows(params, op)) return run_windows<Paired>(params, plan, op, index, scratch);
-    Paired::general worker(params, plan, needs_of(op, params), scratch);
-    if (worker.begin(index)) return op == Op::kForward ? worker.forward() : worker.backward();
-  }
+  if (!is_paired(params, op)) return avx512::kKernels.run_item(params, plan, op, index, scratch);
+#ifdef NATRPB_TILES
+  tile_configure();
+  run_windows<Paired>(params, plan, op, index, scratch);
+  tile_release();
+#else
+  if (by_windows(params, op)) return run_windows<Paired>(params, plan, op, index, scratch);
+  Paired::general worker(params, plan, needs_of(op, params), scratch);
+  if (worker.begin(index)) return op == Op::kForward ? worker.forward() : worker.backward();
   avx512::kKernels.run_item(params, plan, op, index, scratch);
+#endif
 }
 
 #else

@@ -49,7 +49,13 @@ void product_tile(const Product<Compute<F>>& m) {
   });
 }
 
+#ifdef NATRPB_TILES
+inline constexpr bool kTiles = true;  // of AMX, two by two
+inline constexpr int kProductRows = 32, kProductVectors = 2;
+#else
+inline constexpr bool kTiles = false;
 inline constexpr int kProductRows = NATRPB_VECTOR_BYTES == 64 ? 8 : 5, kProductVectors = 2;
+#endif
 
 template <class T>
 using ProductTile = void (*)(const Product<T>&);
@@ -89,3 +95,35 @@ void multiply(const Product<Compute<F>>& m, int64_t rows, int64_t columns, int64
     }
   }
 }
+
+#ifdef NATRPB_TILES
+// The same of pairs, by tiles of AMX. NB: reads and writes whole tiles: rows of a and c up to a multiple of 16, words of a and rows of b
+// too, where one of the two must be zero and the other one finite.
+template <class Between>
+void multiply_by_tiles(const Product<float>& m, int64_t rows, int64_t columns, Between&& between) {
+  constexpr int kN = 16;
+  const bool add = m.start == m.c;
+  for (int64_t i = 0; i < rows; i += 2 * kN) {
+    for (int64_t j = 0; j < columns; j += 2 * kN) {
+      const float *a = m.a + i * m.a_step, *b = m.b + j;
+      float* c = m.c + i * m.c_step + j;
+      const bool two_rows = rows - i > kN, two_columns = columns - j > kN;
+      const auto tiles = two_rows      ? two_columns ? &multiply_tiles<2, 2> : &multiply_tiles<2, 1>
+                         : two_columns ? &multiply_tiles<1, 2>
+                                       : &multiply_tiles<1, 1>;
+      tiles(a, m.a_step, b, m.b_step, m.words, c, m.c_step, add);
+      between();
+      if (!add && (m.start || m.scale != 1)) {
+        const Vec<float> scale = splat(m.scale);
+        for (int64_t row = 0; row < min_of(2 * kN, rows - i); ++row, c += m.c_step) {
+          const float* start = m.start ? m.start + (i + row) * m.start_step + j : nullptr;
+          for (int64_t column = 0; column < (two_columns ? 2 * kN : kN); column += kN) {
+            const Vec<float> sum = scale * load(c + column);
+            store(c + column, start ? load(start + column) + sum : sum);
+          }
+        }
+      }
+    }
+  }
+}
+#endif

@@ -30,7 +30,7 @@ struct WindowWorker {
   T *query_columns, *dout_columns;                        // [factor][lanes]
   T *query_words, *key_words, *value_words, *dout_words;  // rows that sums are made of: the natural ones, or of two rows' pairs
   T *score, *dscore;                                      // [key][width]
-  T* weights;                                             // pairs of scores
+  T *weights, *weight_rows;                               // pairs of scores, and their transpose [query][pair of keys]
   T *bias, *dbias;                                        // [key][lanes]
   T *bias_table, *dbias_table;                            // a head's, each row backwards: as the queries of a row go forwards
   T *result, *dkey, *dvalue;                              // [position][sum_pitch]
@@ -52,22 +52,23 @@ struct WindowWorker {
         ahead(p) {
     int64_t most = 1;
     for (const Axis& axis : params.axis) most *= min_of(axis.kernel_size, axis.group_length(0));
-    const int64_t n = padded(most), scores = n * min_of(n, kWidth), sums = n * sum_pitch;
+    const int64_t n = padded(most), scores = n * min_of(n, kWidth), sums = n * sum_pitch, pairs = padded(n / 2) * sum_pitch;
     Arena arena(scratch);
     const auto take = [&](bool wanted, int64_t count) { return wanted ? arena.take<T>(count) : nullptr; };
     query = take(true, n * key_pitch);
     key = take(true, n * key_pitch);
     value = take(true, n * value_pitch);
     dout = take(backward, n * value_pitch);
-    query_columns = take(true, factors(depth) * n);
-    dout_columns = take(backward, factors(value_depth) * n);
-    query_words = kPaired ? take(backward, sums / 2) : query;
-    key_words = kPaired ? take(backward, sums / 2) : key;
-    value_words = kPaired ? take(!backward, sums / 2) : value;
-    dout_words = kPaired ? take(backward, sums / 2) : dout;
+    query_columns = take(true, key_pitch * n);
+    dout_columns = take(backward, value_pitch * n);
+    query_words = kPaired ? take(backward, pairs) : query;
+    key_words = kPaired ? take(backward, pairs) : key;
+    value_words = kPaired ? take(!backward, pairs) : value;
+    dout_words = kPaired ? take(backward, pairs) : dout;
     score = take(true, scores);
     dscore = take(backward, scores);
     weights = take(kPaired, scores);
+    weight_rows = take(kTiles, scores);
     bias = take(params.rpb, n * n + L);
     dbias = take(backward && params.drpb, n * n + L);
     bias_table = take(params.rpb, plan.table + L);
@@ -236,6 +237,7 @@ struct WindowWorker {
     const int64_t rest = lanes - positions;
     clear(query + positions * key_pitch, rest * key_pitch);
     if (dout) clear(dout + positions * value_pitch, rest * value_pitch);
+    if (kTiles) clear_tails();
     if (dbias) clear(dbias, positions * lanes);
     if (!bias) return;
     for_bias_runs([&](int64_t at, int64_t entry) NATRPB_LAMBDA {
@@ -243,6 +245,19 @@ struct WindowWorker {
       for (int64_t i = 0; i < shape.count[2]; i += L) store(bias + at + i, load(bias_table + entry + i));
     });
     for (int64_t k = 0; k < positions; ++k) clear(bias + k * lanes + positions, rest);
+  }
+  // What only whole tiles of products read.
+  void clear_tails() const {
+    const auto clear_rows = [](T* rows, int64_t used, int64_t pitch) {
+      if (rows) clear(rows + used * pitch, (padded(used) - used) * pitch);
+    };
+    clear_rows(query_columns, factors(depth), lanes);
+    clear_rows(dout_columns, factors(value_depth), lanes);
+    const int64_t pairs = ceil_div(positions, 2);
+    clear_rows(query_words, pairs, padded(depth));
+    clear_rows(key_words, pairs, padded(depth));
+    clear_rows(value_words, pairs, padded(value_depth));
+    clear_rows(dout_words, pairs, padded(value_depth));
   }
   void flush_bias() const {
     if (!dbias || positions == 0) return;
@@ -270,30 +285,44 @@ struct WindowWorker {
     constexpr int64_t kRun = 32;
     Product<T> m{rows, pitch, columns + part.begin, lanes, words, to, width, scale, start, lanes};
     if (start) m.start += part.begin;
-    multiply<F, Order::kRows>(m, positions, part.lanes, kRun, [&] { ahead.next(); });
+    product<Order::kRows>(m, positions, part.lanes, kRun);
   }
   // result[query] = sum_k p[key][query] rows[key]
   void sum_keys(const Part& part, const T* p, const T* rows, int64_t channels) {
+    const int64_t words = ceil_div(positions, kNumbers<F>), pitch = padded(channels);
+    Product<T> m{p, width, rows, pitch, words, result + part.begin * sum_pitch, sum_pitch, T(1), nullptr, 0};
     if constexpr (kPaired) {
       pair_keys(p, width, positions, part.lanes, weights);
-      p = weights;
+      m.a = weights;
     }
-    const int64_t words = ceil_div(positions, kNumbers<F>), pitch = padded(channels);
-    const Product<T> m{p, width, rows, pitch, words, result + part.begin * sum_pitch, sum_pitch, T(1), nullptr, 0};
-    multiply<F, Order::kColumns>(m, part.live, pitch, words, [&] { ahead.next(); });
+    if constexpr (kTiles) {
+      clear(weights + words * width, (padded(words) - words) * width);
+      copy_columns<T>(weights, width, padded(words), part.lanes, padded(words), weight_rows);
+      m.a = weight_rows;
+      m.a_step = padded(words);
+    }
+    product<Order::kColumns>(m, part.live, pitch, words);
   }
   // sums[key] (+)= sum_q p[key][query] rows[query]
   void sum_queries(const Part& part, const T* p, const T* rows, int64_t channels, T* sums) {
-    int64_t step = width;
-    if constexpr (kPaired) {
-      pair_queries(p, width, positions, part.lanes, weights);
-      p = weights;
-      step = padded(width / 2);
-    }
     const int64_t words = ceil_div(part.live, kNumbers<F>), pitch = padded(channels);
     const T* from = rows + part.begin / kNumbers<F> * pitch;
-    const Product<T> m{p, step, from, pitch, words, sums, sum_pitch, T(1), part.begin ? sums : nullptr, sum_pitch};
-    multiply<F, Order::kRows>(m, positions, pitch, words, [&] { ahead.next(); });
+    Product<T> m{p, width, from, pitch, words, sums, sum_pitch, T(1), part.begin ? sums : nullptr, sum_pitch};
+    if constexpr (kPaired) {
+      pair_queries(p, width, positions, part.lanes, weights);
+      m.a = weights;
+      m.a_step = padded(width / 2);
+    }
+    product<Order::kRows>(m, positions, pitch, words);
+  }
+  template <Order O>
+  void product(const Product<T>& m, int64_t rows, int64_t columns, int64_t run) {
+    const auto between = [&] { ahead.next(); };
+    if constexpr (kTiles) {
+      multiply_by_tiles(m, rows, columns, between);
+    } else {
+      multiply<F, O>(m, rows, columns, run, between);
+    }
   }
 
   // ---- ops ----
