@@ -56,7 +56,7 @@ struct Worker {
         table2(2 * k2 - 1),
         bias_pitch(padded(table2) + L),
         column_pitch(padded(pl.key_size[2] + most_lead() + (is_neighborhood() ? L : k2 + L))),
-        stream(p, pl) {
+        stream(p, pl, n.dkey) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
     const int64_t words = kPaired ? rows * ceil_div(plan.key_size[2], 2) + 1 : keys;
     Arena arena(scratch);

@@ -17,12 +17,14 @@ NATRPB_INLINE void prefetch_columns(const S* row, int64_t step, int64_t count, i
   }
 }
 
-// Whether a call's query, key, value and out do not stay in the caches.
-inline bool leaves_caches(const LocalAttentionParams& params, size_t element_bytes) {
+// Whether the tensors that a call touches do not stay in the caches: query, key, value and out; or query, key, value, dout and the three
+// gradients.
+inline bool leaves_caches(const LocalAttentionParams& params, bool backward, size_t element_bytes) {
   constexpr int64_t kCached = int64_t{8} << 20;  // measured, docs/design/cpu.md
   int64_t positions = params.batch * params.heads;
   for (const Axis& axis : params.axis) positions *= axis.length;
-  return positions * 2 * (params.head_dim + params.value_dim) * static_cast<int64_t>(element_bytes) > kCached;
+  const int64_t channels = backward ? 4 * params.head_dim + 3 * params.value_dim : 2 * (params.head_dim + params.value_dim);
+  return positions * channels * static_cast<int64_t>(element_bytes) > kCached;
 }
 
 // What a group of query rows asks for beside its work, where a call's tensors do not stay in the caches: the rows of its own
@@ -31,8 +33,8 @@ inline bool leaves_caches(const LocalAttentionParams& params, size_t element_byt
 template <class S>
 class Stream {
  public:
-  Stream(const LocalAttentionParams& params, const Plan& plan)
-      : params_(params), plan_(plan), wanted_(leaves_caches(params, sizeof(S))) {}
+  Stream(const LocalAttentionParams& params, const Plan& plan, bool backward)
+      : params_(params), plan_(plan), wanted_(leaves_caches(params, backward, sizeof(S))) {}
 
   void begin(const Item& item, const View& result, int64_t channels) {
     if (!wanted_) return;
@@ -113,7 +115,8 @@ struct Tensor {
 template <class S>
 class Ahead {
  public:
-  explicit Ahead(const LocalAttentionParams& params) : params_(params), wanted_(leaves_caches(params, sizeof(S))) {}
+  Ahead(const LocalAttentionParams& params, bool backward)
+      : params_(params), wanted_(leaves_caches(params, backward, sizeof(S))) {}
 
   // What is added now is asked for in as many calls of next().
   void begin(int64_t calls) {

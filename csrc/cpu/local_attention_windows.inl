@@ -49,7 +49,7 @@ struct WindowWorker {
         key_pitch(padded(factors(depth))),
         value_pitch(padded(factors(value_depth))),
         sum_pitch(padded(max_of(depth, value_depth))),
-        ahead(p) {
+        ahead(p, backward) {
     int64_t most = 1;
     for (const Axis& axis : params.axis) most *= min_of(axis.kernel_size, axis.group_length(0));
     const int64_t n = padded(most), scores = n * min_of(n, kWidth), sums = n * sum_pitch, pairs = padded(n / 2) * sum_pitch;
