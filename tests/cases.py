@@ -189,6 +189,12 @@ WINDOWS = [
     Case((24, 13), 12, shift=6, heads=1),
     Case((5, 4, 3), (2, 3, 2), shift=(1, 1, 0)),
     Case((4, 6, 5), 3, shift=2),
+    Case((17, 40), (16, 20), shift=(3, 5), heads=1),
+    Case((4, 9, 5), (4, 5, 5), shift=(0, 2, 1)),
+    *[
+        Case((7, 6), (6, 5), shift=(2, 3), head_dim=head_dim, value_dim=value_dim)
+        for head_dim, value_dim in ((1, 3), (2, 2), (24, 24), (33, 8), (34, 130), (256, 64))
+    ],
 ]
 
 CASES = [
@@ -203,6 +209,7 @@ SMALL = [
     Case((7, 9), (3, 5), value_dim=5),
     Case((10, 9), (3, 4), stride=(2, 3), dilation=(2, 1), is_causal=(True, False)),
     Case((4, 5, 6), (2, 3, 4), dilation=(2, 1, 1)),
+    Case((6, 9), (5, 4), shift=(2, 1), batch=2, value_dim=6),
     Case((7, 6), (4, 3), shift=(1, 2), batch=2),
     Case((9, 17), 7, head_dim=32, rpb=False),
 ]

@@ -118,7 +118,11 @@ def poison(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("which", ["query", "key", "value", "rpb"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("case", [Case((9,), 4, is_causal=True), Case((6, 7), 3), Case((5, 6), 3, shift=1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case((9,), 4, is_causal=True), Case((6, 7), 3), Case((5, 6), 3, shift=1), Case((6, 9), 5, shift=(2, 1))],
+    ids=str,
+)
 def test_nan_and_infinity_propagate_as_in_the_reference(case, dtype, which, value):
     inputs = case.inputs(dtype)
     getattr(inputs, which).view(-1)[11] = value

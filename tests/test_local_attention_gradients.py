@@ -41,6 +41,7 @@ def feature_grid() -> list[Case]:
 WINDOWS = [
     Case((7,), 3, shift=1, heads=1, head_dim=2),
     Case((5, 4), (2, 3), shift=(1, 2), heads=2, head_dim=2),
+    Case((5, 5), (5, 4), shift=(2, 1), heads=1, head_dim=2),
     Case((3, 2, 3), 2, shift=1, heads=1, head_dim=2),
 ]
 GRID = [*feature_grid(), *WINDOWS]
@@ -235,6 +236,23 @@ def test_queries_that_do_not_see_a_key_do_not_reach_its_gradient(case, dtype):
 def poison_(x: torch.Tensor, positions: torch.Tensor) -> None:
     """Writes NaN into x [B, *, h, D] at flat positions, given as bool [N]."""
     x.masked_fill_(positions.view(1, *x.shape[1:-2], 1, 1), math.nan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", [Case((7, 7), 7), Case((5, 3), (5, 3), shift=0), Case((9, 9), 7)], ids=str)
+def test_a_key_that_an_infinite_score_masks_leaves_the_other_gradients_alone(case, dtype):
+    inputs = case.inputs(dtype)
+    inputs.query[..., 0] = -1
+    inputs.key[:, 1, 1, :, 0] = math.inf  # its score is minus infinity
+    for x in inputs.tensors():
+        x.requires_grad_()
+    dout, dlse = cotangents(case, dtype)
+    ours = gradients(ops.local_attention, inputs, dout, dlse)
+    exact = gradients(reference.local_attention, inputs.cast(torch.float64), dout, dlse)
+    assert ours[0].isnan().any()  # zero times infinity, for queries that see the key
+    for one, other in zip(ours[1:], exact[1:]):
+        assert one.isfinite().all()
+        close(one.double(), other, max(1e-4, 2 * rounding(dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)

@@ -55,13 +55,17 @@ inline void pair_keys(const float* p, int64_t pitch, int64_t keys, int64_t queri
     }
   }
 }
-// to[key][pitch / 2, in whole vectors] = the pair (p[key][query], p[key][query + 1]).
+// to[key][pitch / 2, in whole vectors] = the pair (p[key][query], p[key][query + 1]), zero behind the last query: there an infinite key
+// leaves NaN.
 inline void pair_queries(const float* p, int64_t pitch, int64_t keys, int64_t queries, float* to) {
   constexpr int L = kLanes<float>;
-  for (int64_t k = 0; k < keys; ++k, p += pitch) {
+  const auto live = [&](int64_t key, int64_t q) NATRPB_LAMBDA {
+    return lane_numbers<float>() < static_cast<CountOf<float>>(queries - q) ? load(p + key * pitch + q) : Vec<float>{};
+  };
+  for (int64_t k = 0; k < keys; ++k) {
     float* row = to + k * ceil_div(pitch, 2 * L) * L;
     for (int64_t q = 0; q < queries; q += 2 * L, row += L) {
-      store(row, pair_neighbors(load(p + q), q + L < queries ? load(p + q + L) : Vec<float>{}));
+      store(row, pair_neighbors(live(k, q), q + L < queries ? live(k, q + L) : Vec<float>{}));
     }
   }
 }

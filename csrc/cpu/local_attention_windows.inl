@@ -309,7 +309,7 @@ struct WindowWorker {
     const T* from = rows + part.begin / kNumbers<F> * pitch;
     Product<T> m{p, width, from, pitch, words, sums, sum_pitch, T(1), part.begin ? sums : nullptr, sum_pitch};
     if constexpr (kPaired) {
-      pair_queries(p, width, positions, part.lanes, weights);
+      pair_queries(p, width, positions, part.live, weights);
       m.a = weights;
       m.a_step = padded(width / 2);
     }
