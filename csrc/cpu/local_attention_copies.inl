@@ -82,7 +82,9 @@ void copy_columns(const S* from, Steps steps, int64_t count, int64_t words, int6
 }
 
 #ifdef NATRPB_BF16_PRODUCTS
-// to[i / 2][channel] = the pair (from[i][channel], from[i + 1][channel]), zero behind the last. Whether all numbers are finite.
+// to[i / 2][channel] = the pair (from[i][channel], from[i + 1][channel]), zero behind the last. Whether all numbers are finite, if
+// CHECKED.
+template <bool CHECKED = true>
 bool copy_row_pairs(const BFloat16* from, int64_t step, int64_t count, int64_t channels, float* to) {
   constexpr int L = kLanes<float>;
   constexpr uint32_t kSigns = 0x80008000, kExponentUnits = 0x00800080;
@@ -92,7 +94,9 @@ bool copy_row_pairs(const BFloat16* from, int64_t step, int64_t count, int64_t c
       const auto row = [&](const BFloat16* p)
                            NATRPB_LAMBDA { return bit_cast<Bits<float>>(load_channels<float>(p + c, channels - c)); };
       const Bits<float> pair = row(from) >> 16 | (i + 1 < count ? row(from + step) : Bits<float>{});
-      found |= (pair & ~kSigns) + kExponentUnits;  // overflows into a sign where all bits of an exponent are set
+      if constexpr (CHECKED) {
+        found |= (pair & ~kSigns) + kExponentUnits;  // overflows into a sign where all bits of an exponent are set
+      }
       store(to, bit_cast<Vec<float>>(pair));
     }
   }
@@ -103,7 +107,7 @@ bool copy_row_pairs(const BFloat16* from, int64_t step, int64_t count, int64_t c
 }
 // The same of rows of pairs [row][pitch].
 NATRPB_INLINE void pair_rows(const float* rows, int64_t pitch, int64_t count, int64_t channels, float* to) {
-  copy_row_pairs(reinterpret_cast<const BFloat16*>(rows), 2 * pitch, count, channels, to);
+  copy_row_pairs<false>(reinterpret_cast<const BFloat16*>(rows), 2 * pitch, count, channels, to);
 }
 #endif
 

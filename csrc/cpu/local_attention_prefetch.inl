@@ -9,11 +9,16 @@ NATRPB_INLINE S* row_address(const LocalAttentionParams& params, const Item& ite
   return static_cast<S*>(view.data) + view.offset(item.batch, item.head, at);
 }
 
-// Asks for `count` columns `step` elements apart. NB: inlined by force, GCC drops calls that do nothing but prefetch.
+// Asks for `count` columns `step` elements apart; those that do not begin with a cache line may end in one more. NB: inlined by
+// force, GCC drops calls that do nothing but prefetch.
 template <class S>
 NATRPB_INLINE void prefetch_columns(const S* row, int64_t step, int64_t count, int64_t channels) {
-  for (int64_t i = 0; i < count; ++i, row += step) {
-    for (int64_t c = 0; c < channels; c += 64 / sizeof(S)) __builtin_prefetch(row + c);
+  constexpr int64_t kLine = 64 / sizeof(S);
+  const bool aligned = reinterpret_cast<uintptr_t>(row) % 64 == 0 && step % kLine == 0;
+  const int64_t lines = ceil_div(channels, kLine) + (aligned ? 0 : 1);
+  for (int64_t i = 0; i < lines; ++i) {
+    const S* at = row + min_of(i * kLine, channels - 1);
+    for (int64_t column = 0; column < count; ++column, at += step) __builtin_prefetch(at);
   }
 }
 
@@ -118,18 +123,23 @@ class Ahead {
   Ahead(const LocalAttentionParams& params, bool backward)
       : params_(params), wanted_(leaves_caches(params, backward, sizeof(S))) {}
 
-  // What is added now is asked for in as many calls of next().
+  // What is added now is asked for in as many calls of next(), spread evenly.
   void begin(int64_t calls) {
     calls_ = calls;
     part_ = parts_;
     end_ = parts_;
-    plane_ = row_ = column_ = groups_ = 0;
+    plane_ = row_ = column_ = groups_ = due_ = 0;
   }
   void add(const Item& item, const Window& window, const Tensor& tensor) {
     if (!wanted_ || window.positions() == 0) return;
-    *end_++ = {&item, &window, tensor};
+    Part& part = *end_++;
+    part.row = row_address<S>(params_, item, *tensor.view, window.first[0], window.first[1], window.first[2]);
+    for (int axis = 0; axis < kAxes; ++axis) {
+      part.step[axis] = tensor.view->space[axis] * params_.axis[axis].dilation;
+      part.count[axis] = window.count[axis];
+    }
+    part.channels = tensor.channels;
     groups_ += window.count[0] * window.count[1] * ceil_div(window.count[2], kTogether);
-    at_once_ = ceil_div(groups_, calls_);
   }
   NATRPB_INLINE void next() {
     if (part_ < end_) ask();
@@ -137,26 +147,22 @@ class Ahead {
 
  private:
   struct Part {
-    const Item* item;
-    const Window* window;
-    Tensor tensor;
+    const S* row;
+    int64_t step[kAxes], count[kAxes], channels;
   };
   static constexpr int64_t kTogether = 8;  // neighboring positions
 
   // NB: not inlined, lest the tiles around it lose registers to it.
   [[gnu::noinline]] void ask() {
-    for (int64_t i = 0; i < at_once_ && part_ < end_; ++i) {
-      const Window& window = *part_->window;
-      const View& view = *part_->tensor.view;
-      const S* row = row_address<S>(params_, *part_->item, view, window.first[0] + plane_, window.first[1] + row_,
-                                    window.first[2] + column_);
-      prefetch_columns(row, view.space[2] * params_.axis[2].dilation, min_of(kTogether, window.count[2] - column_),
-                       part_->tensor.channels);
-      if ((column_ += kTogether) < window.count[2]) continue;
+    for (due_ += groups_; due_ >= calls_ && part_ < end_; due_ -= calls_) {
+      const Part& part = *part_;
+      prefetch_columns(part.row + plane_ * part.step[0] + row_ * part.step[1] + column_ * part.step[2], part.step[2],
+                       min_of(kTogether, part.count[2] - column_), part.channels);
+      if ((column_ += kTogether) < part.count[2]) continue;
       column_ = 0;
-      if (++row_ < window.count[1]) continue;
+      if (++row_ < part.count[1]) continue;
       row_ = 0;
-      if (++plane_ < window.count[0]) continue;
+      if (++plane_ < part.count[0]) continue;
       plane_ = 0;
       ++part_;
     }
@@ -166,6 +172,6 @@ class Ahead {
   const bool wanted_;
   Part parts_[8];
   Part *part_ = parts_, *end_ = parts_;
-  int64_t calls_ = 1, groups_ = 0, at_once_ = 0;
+  int64_t calls_ = 1, groups_ = 0, due_ = 0;
   int64_t plane_ = 0, row_ = 0, column_ = 0;
 };
