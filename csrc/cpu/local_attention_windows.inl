@@ -32,6 +32,7 @@ struct WindowWorker {
   T *score, *dscore;                                      // [key][width]
   T *weights, *weight_rows;                               // pairs of scores, and their transpose [query][pair of keys]
   T *bias, *dbias;                                        // [key][lanes]
+  T* dbias_rows;                                          // of one column of keys, [row of the table][query], whole vectors
   T *bias_table, *dbias_table;                            // a head's, each row backwards: as the queries of a row go forwards
   T *result, *dkey, *dvalue;                              // [position][sum_pitch]
   T *lse, *dlse, *sum;                                    // [lanes]
@@ -71,6 +72,7 @@ struct WindowWorker {
     weight_rows = take(kTiles, scores);
     bias = take(params.rpb, n * n + L);
     dbias = take(backward && params.drpb, n * n + L);
+    dbias_rows = take(backward && params.drpb, plan.table / table_row_size() * padded(params.axis[2].kernel_size));
     bias_table = take(params.rpb, plan.table + L);
     dbias_table = take(backward && params.drpb, plan.table + L);
     result = take(true, sums);
@@ -143,7 +145,7 @@ struct WindowWorker {
     work(next_item, next);
   }
 
-  // Calls run(address of the first, its number, how many) for neighboring positions of a window on axis 2; they lie `step(view)` apart.
+  // Calls run(address of the first, its number, how many) for neighboring positions of a window on axis 2; they lie `step_of(view)` apart.
   template <class Out, class Run>
   void for_runs(const Window& window, const View& view, Run&& run) const {
     int64_t at = 0;
@@ -154,14 +156,14 @@ struct WindowWorker {
       }
     }
   }
-  int64_t step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
+  int64_t step_of(const View& view) const { return view.space[2] * params.axis[2].dilation; }
 
   void load_rows(const Window& window, const View& view, int64_t channels, int64_t pitch, T* to) const {
-    const int64_t words = factors(channels);
+    const int64_t words = factors(channels), step = step_of(view);
     for_runs<S>(window, view, [&](const S* from, int64_t at, int64_t count) NATRPB_LAMBDA {
-      for (int64_t i = at; i < at + count; ++i, from += step(view)) {
+      T* copy = to + at * pitch;
+      for (int64_t i = 0; i < count; ++i, from += step, copy += pitch) {
         const Word* row = reinterpret_cast<const Word*>(from);
-        T* copy = to + i * pitch;
         int64_t c = 0;
         for (; c + L <= words; c += L) store(copy + c, load_as<T>(row + c));
         if (c < words) store(copy + c, load_part<T>(row + c, words - c));
@@ -171,22 +173,23 @@ struct WindowWorker {
   // Writes rows [position][sum_pitch] to `view`, times factor(row).
   template <class Factor>
   void store_rows(const T* rows, const Window& window, const View& view, int64_t channels, Factor&& factor) const {
+    const int64_t step = step_of(view), pitch = sum_pitch;
     for_runs<S>(window, view, [&](S* to, int64_t at, int64_t count) NATRPB_LAMBDA {
-      for (int64_t i = at; i < at + count; ++i, to += step(view)) {
-        store_row(rows + i * sum_pitch, channels, splat(factor(i)), to);
-      }
+      for (int64_t i = at; i < at + count; ++i, to += step) store_row(rows + i * pitch, channels, splat(factor(i)), to);
     });
   }
   // One number per position; those behind the last are `rest`.
   void load_numbers_of(const Window& window, const View& view, T rest, T* to) const {
+    const int64_t step = step_of(view);
     for_runs<T>(window, view, [&](const T* from, int64_t at, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) to[at + i] = from[i * step(view)];
+      for (int64_t i = 0; i < count; ++i) to[at + i] = from[i * step];
     });
     for (int64_t i = positions; i < lanes; ++i) to[i] = rest;
   }
   void store_numbers_of(const Window& window, const View& view, const T* numbers) const {
+    const int64_t step = step_of(view);
     for_runs<T>(window, view, [&](T* to, int64_t at, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) to[i * step(view)] = numbers[at + i];
+      for (int64_t i = 0; i < count; ++i) to[i * step] = numbers[at + i];
     });
   }
   void transpose_rows(const T* rows, int64_t pitch, int64_t words, T* columns) const {
@@ -197,32 +200,69 @@ struct WindowWorker {
 
   // to = a head's table with every row backwards; and back again.
   void turn_table(const T* table, T* to) const {
-    const int64_t size = 2 * params.axis[2].kernel_size - 1;
+    const int64_t size = table_row_size();
     for (int64_t row = 0; row < plan.table; row += size) {
       for (int64_t i = 0; i < size; ++i) to[row + i] = table[row + size - 1 - i];
     }
   }
-  // Calls run(at, entry) for every key and every row of queries on axis 2, in this order: what belongs to the queries one by one lies
-  // from [key][lanes] number `at` and from entry `entry` of a turned table on.
-  template <class Run>
-  void for_bias_runs(Run&& run) const {
-    const Axis(&axis)[kAxes] = params.axis;
-    const int64_t width2 = 2 * axis[2].kernel_size - 1, width1 = 2 * axis[1].kernel_size - 1;
-    int64_t key_row = 0;
-    for (int64_t k0 = 0; k0 < shape.count[0]; ++k0) {
-      for (int64_t k1 = 0; k1 < shape.count[1]; ++k1) {
-        for (int64_t k2 = 0; k2 < shape.count[2]; ++k2, key_row += lanes) {
-          int64_t at = key_row;
-          for (int64_t q0 = 0; q0 < shape.count[0]; ++q0) {
-            for (int64_t q1 = 0; q1 < shape.count[1]; ++q1, at += shape.count[2]) {
-              const int64_t row = axis[0].bias_index(q0, k0) * width1 + axis[1].bias_index(q1, k1);
-              run(at, (row + 1) * width2 - 1 - axis[2].bias_index(0, k2));
-            }
-          }
-        }
+  // Calls body(number of the first query, row of the table) for every row of queries on axis 2 and the keys at (k0, k1).
+  template <class Body>
+  NATRPB_INLINE void for_bias_rows(int64_t k0, int64_t k1, Body&& body) const {
+    const Axis axis0 = params.axis[0], axis1 = params.axis[1];
+    const int64_t size1 = 2 * axis1.kernel_size - 1;
+    const Window window = shape;
+    int64_t query = 0;
+    for (int64_t q0 = 0; q0 < window.count[0]; ++q0) {
+      for (int64_t q1 = 0; q1 < window.count[1]; ++q1, query += window.count[2]) {
+        body(query, axis0.bias_index(q0, k0) * size1 + axis1.bias_index(q1, k1));
       }
     }
   }
+  int64_t table_row_size() const { return 2 * params.axis[2].kernel_size - 1; }
+  // Where in a turned table's row the first query of a row finds the key k2; the next ones follow.
+  int64_t entry_in_row(int64_t k2) const { return table_row_size() - 1 - params.axis[2].bias_index(0, k2); }
+
+  void spread_bias() const {
+    const int64_t columns = shape.count[2], size = table_row_size();
+    T* to = bias;
+    for (int64_t k0 = 0; k0 < shape.count[0]; ++k0) {
+      for (int64_t k1 = 0; k1 < shape.count[1]; ++k1) {
+        for (int64_t k2 = 0; k2 < columns; ++k2, to += lanes) {
+          const T* entries = bias_table + entry_in_row(k2);
+          for_bias_rows(k0, k1, [&](int64_t query, int64_t row) NATRPB_LAMBDA {
+            // NB: whole vectors; the next row, or the next loop, overwrites what is too much
+            for (int64_t i = 0; i < columns; i += L) store(to + query + i, load(entries + row * size + i));
+          });
+        }
+      }
+    }
+    const int64_t live = positions + L - lanes;  // of the last vector
+    if (live == L) return;
+    for (T* last = bias + lanes - L; last < to; last += lanes) store(last, load_part<T>(last, live));
+  }
+  // Adds dbias to the head's table, one column of keys after the other: its rows meet in whole vectors of their own first, as vectors
+  // stored in part, or over a part of others, cannot be loaded again soon.
+  void flush_bias() const {
+    if (!dbias || positions == 0) return;
+    const int64_t columns = shape.count[2], pitch = padded(columns), rows = plan.table / table_row_size();
+    for (int64_t k2 = 0; k2 < columns; ++k2) {
+      clear(dbias_rows, rows * pitch);
+      const T* from = dbias + k2 * lanes;
+      for (int64_t k0 = 0; k0 < shape.count[0]; ++k0) {
+        for (int64_t k1 = 0; k1 < shape.count[1]; ++k1, from += columns * lanes) {
+          for_bias_rows(k0, k1, [&](int64_t query, int64_t row) NATRPB_LAMBDA {
+            T* to = dbias_rows + row * pitch;
+            for (int64_t i = 0; i < columns; i += L) store(to + i, load(to + i) + load(from + query + i));
+          });
+        }
+      }
+      T* to = dbias_table + entry_in_row(k2);
+      for (int64_t row = 0; row < rows; ++row, to += table_row_size()) {
+        add_row(dbias_rows + row * pitch, columns, splat(T(1)), to);
+      }
+    }
+  }
+
   // Lays bias and dbias out for windows of the shape of `window`.
   void begin_shape(const Window& window) {
     flush_bias();
@@ -239,12 +279,7 @@ struct WindowWorker {
     if (dout) clear(dout + positions * value_pitch, rest * value_pitch);
     if (kTiles) clear_tails();
     if (dbias) clear(dbias, positions * lanes);
-    if (!bias) return;
-    for_bias_runs([&](int64_t at, int64_t entry) NATRPB_LAMBDA {
-      // NB: whole vectors; the next run, or the next loop, overwrites what is too much
-      for (int64_t i = 0; i < shape.count[2]; i += L) store(bias + at + i, load(bias_table + entry + i));
-    });
-    for (int64_t k = 0; k < positions; ++k) clear(bias + k * lanes + positions, rest);
+    if (bias) spread_bias();
   }
   // What only whole tiles of products read.
   void clear_tails() const {
@@ -258,11 +293,6 @@ struct WindowWorker {
     clear_rows(key_words, pairs, padded(depth));
     clear_rows(value_words, pairs, padded(value_depth));
     clear_rows(dout_words, pairs, padded(value_depth));
-  }
-  void flush_bias() const {
-    if (!dbias || positions == 0) return;
-    for_bias_runs([&](int64_t at, int64_t entry)
-                      NATRPB_LAMBDA { add_row(dbias + at, shape.count[2], splat(T(1)), dbias_table + entry); });
   }
 
   // ---- products ----
@@ -394,9 +424,11 @@ struct WindowWorker {
     turn_table(dbias_table, static_cast<T*>(params.workspace) + item.index * plan.table);
   }
   void add_bias_grad(const Part& part) const {
-    for (int64_t k = 0; k < positions; ++k) {
-      T* to = dbias + k * lanes + part.begin;
-      for (int64_t q = 0; q < part.lanes; q += L) store(to + q, load(to + q) + load(dscore + k * width + q));
+    const int64_t to_step = lanes, from_step = width;
+    T* to = dbias + part.begin;
+    const T* from = dscore;
+    for (int64_t k = positions; k > 0; --k, to += to_step, from += from_step) {
+      for (int64_t q = 0; q < part.lanes; q += L) store(to + q, load(to + q) + load(from + q));
     }
   }
 };
