@@ -40,13 +40,19 @@ void product_tile(const Product<Compute<F>>& m) {
     });
   }
   const Vec<T> scale = splat(m.scale);
-  unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-      constexpr int n = decltype(i)::value, at = decltype(v)::value * L;
-      const Vec<T> sum = scale * acc[n][decltype(v)::value];
-      store(m.c + n * m.c_step + at, m.start ? load(m.start + n * m.start_step + at) + sum : sum);
+  T* c = m.c;
+  const T* start = m.start;
+  const int64_t c_step = m.c_step, start_step = m.start_step;  // stores may change m, for all that the compiler knows
+  const auto write = [&](auto starts) NATRPB_LAMBDA {
+    unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        constexpr int n = decltype(i)::value, at = decltype(v)::value * L;
+        const Vec<T> sum = scale * acc[n][decltype(v)::value];
+        store(c + n * c_step + at, decltype(starts)::value ? load(start + n * start_step + at) + sum : sum);
+      });
     });
-  });
+  };
+  start ? write(Const<true>{}) : write(Const<false>{});
 }
 
 #ifdef NATRPB_TILES
