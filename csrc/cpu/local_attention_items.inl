@@ -304,9 +304,11 @@ struct Worker {
 
   // dbias[table row][t][lane] += dscore[slot][lane]; lanes meet in flush_bias, where their table columns are known.
   void add_bias_grad(int64_t p0, int64_t p1, const KeyRows& rows, const T* dp) const {
+    const int64_t size = k2 * L;
     for_rows(rows, kernel, [&](int64_t slot, int64_t r0, int64_t r1) NATRPB_LAMBDA {
-      T* to = dbias + bias_row(p0, p1, r0, r1) * k2 * L;
-      for (int64_t i = 0; i < k2 * L; i += L) store(to + i, load(to + i) + load(dp + slot * L + i));
+      T* to = dbias + bias_row(p0, p1, r0, r1) * size;
+      const T* from = dp + slot * L;
+      for (int64_t i = 0; i < size; i += L) store(to + i, load(to + i) + load(from + i));
     });
   }
   void flush_bias(const Block<T>& block, T* table) const {

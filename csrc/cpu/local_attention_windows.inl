@@ -148,15 +148,16 @@ struct WindowWorker {
   // Calls run(address of the first, its number, how many) for neighboring positions of a window on axis 2; they lie `step_of(view)` apart.
   template <class Out, class Run>
   void for_runs(const Window& window, const View& view, Run&& run) const {
+    const int64_t count0 = window.count[0], count1 = window.count[1], count2 = window.count[2];
+    const int64_t step0 = step_of(view, 0), step1 = step_of(view, 1);
+    Out* plane = row_address<Out>(params, item, view, window.first[0], window.first[1], window.first[2]);
     int64_t at = 0;
-    for (int64_t i = 0; i < window.count[0]; ++i) {
-      for (int64_t j = 0; j < window.count[1]; ++j, at += window.count[2]) {
-        run(row_address<Out>(params, item, view, window.first[0] + i, window.first[1] + j, window.first[2]), at,
-            window.count[2]);
-      }
+    for (int64_t i = 0; i < count0; ++i, plane += step0) {
+      Out* row = plane;
+      for (int64_t j = 0; j < count1; ++j, row += step1, at += count2) run(row, at, count2);
     }
   }
-  int64_t step_of(const View& view) const { return view.space[2] * params.axis[2].dilation; }
+  int64_t step_of(const View& view, int axis = 2) const { return view.space[axis] * params.axis[axis].dilation; }
 
   void load_rows(const Window& window, const View& view, int64_t channels, int64_t pitch, T* to) const {
     const int64_t words = factors(channels), step = step_of(view);
