@@ -158,14 +158,20 @@ void sum_tile(const Compute<F>* p, const Block<Compute<F>>& block, const KeyRows
     });
   });
   S* to = out.data + out.steps(lane) + channel;
-  unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-    constexpr int n = decltype(i)::value;
-    const Vec<T> factor = splat(T(out.factor[lane + n]));
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-      constexpr int m = decltype(v)::value;
-      store_channels<T>(to + n * out.steps.step + m * L, acc[n][m] * factor, out.channels - channel - m * L);
+  const int64_t to_step = out.steps.step, left = out.channels - channel;
+  const auto write = [&](auto whole) NATRPB_LAMBDA {
+    unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
+      constexpr int n = decltype(i)::value;
+      const Vec<T> factor = splat(T(out.factor[lane + n]));
+      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
+        constexpr int m = decltype(v)::value;
+        const Vec<T> sum = acc[n][m] * factor;
+        decltype(whole)::value ? store_as(to + n * to_step + m * L, sum)
+                               : store_channels<T>(to + n * to_step + m * L, sum, left - m * L);
+      });
     });
-  });
+  };
+  left >= VECTORS * L ? write(Const<true>{}) : write(Const<false>{});
 }
 
 // The rows that a scatter takes from a block's queries: factor * data[lane][channel].
