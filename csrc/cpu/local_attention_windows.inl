@@ -35,7 +35,7 @@ struct WindowWorker {
   T* dbias_rows;                                          // of one column of keys, [row of the table][query], whole vectors
   T *bias_table, *dbias_table;                            // a head's, each row backwards: as the queries of a row go forwards
   T *result, *dkey, *dvalue;                              // [position][sum_pitch]
-  T *lse, *dlse, *sum;                                    // [lanes]
+  T *lse, *dlse, *share;                                  // [lanes]
   Ahead<S> ahead;
   size_t bytes;
 
@@ -80,7 +80,7 @@ struct WindowWorker {
     dvalue = take(backward, sums);
     lse = take(true, n);
     dlse = take(backward, n);
-    sum = take(!backward, n);
+    share = take(!backward, n);
     bytes = arena.used();
   }
 
@@ -370,12 +370,12 @@ struct WindowWorker {
         score_pairs(part, key, key_pitch, query_columns, factors(depth), static_cast<T>(params.scale), bias, score);
         for (int64_t q = 0; q < part.lanes; q += L) {
           const Softmax<T> softmax = exponentiate(score + q, positions, width);
-          store(sum + part.begin + q, softmax.sum);
+          store(share + part.begin + q, T(1) / softmax.sum);
           store(lse + part.begin + q, softmax.peak + log<T>(softmax.sum));
         }
         sum_keys(part, score, value_words, value_depth);
       });
-      store_rows(result, window, params.out, value_depth, [&](int64_t query) { return T(1) / sum[query]; });
+      store_rows(result, window, params.out, value_depth, [&](int64_t query) { return share[query]; });
       store_numbers_of(window, params.lse, lse);
     });
   }
