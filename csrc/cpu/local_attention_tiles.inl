@@ -171,7 +171,7 @@ void sum_tile(const Compute<F>* p, const Block<Compute<F>>& block, const KeyRows
       });
     });
   };
-  left >= VECTORS * L ? write(Const<true>{}) : write(Const<false>{});
+  left >= VECTORS* L ? write(Const<true>{}) : write(Const<false>{});
 }
 
 // The rows that a scatter takes from a block's queries: factor * data[lane][channel].
