@@ -91,12 +91,12 @@ struct Worker {
   S* row_start(const View& view, int64_t p0, int64_t p1, int64_t p2) const {
     return row_address<S>(params, item, view, p0, p1, p2);
   }
-  int64_t column_step(const View& view) const { return view.space[2] * params.axis[2].dilation; }
+  int64_t column_step(const View& view) const { return step_of(params, view, 2); }
 
   // From lane to lane of a block.
   Steps lane_steps(const View& view, const Block<T>& block) const {
     const int64_t step = column_step(view);
-    return {step, block.width, view.space[1] * params.axis[1].dilation - block.width * step};
+    return {step, block.width, step_of(params, view, 1) - block.width * step};
   }
 
   // Whether a tensor can be read in place: no conversion, no padding.
@@ -151,7 +151,7 @@ struct Worker {
   // The item's keys in a tensor of the compute type.
   void place_rows(const View& view, int64_t channels, Rows<T>& rows) const {
     rows.data = row_address<T>(params, item, view, item.key_lo[0], item.key_lo[1], item.key_lo[2]);
-    for (int a = 0; a < kAxes; ++a) rows.step[a] = view.space[a] * params.axis[a].dilation;
+    for (int a = 0; a < kAxes; ++a) rows.step[a] = step_of(params, view, a);
     rows.channels = channels;
   }
   // Dense rows of padded channels, in the order of the box with that many columns.

@@ -9,6 +9,11 @@ NATRPB_INLINE S* row_address(const LocalAttentionParams& params, const Item& ite
   return static_cast<S*>(view.data) + view.offset(item.batch, item.head, at);
 }
 
+// Elements from an in-group position to the next one along an axis.
+NATRPB_INLINE int64_t step_of(const LocalAttentionParams& params, const View& view, int axis) {
+  return view.space[axis] * params.axis[axis].dilation;
+}
+
 // Asks for `count` columns `step` elements apart; those that do not begin with a cache line may end in one more. NB: inlined by
 // force, GCC drops calls that do nothing but prefetch.
 template <class S>
@@ -85,8 +90,7 @@ class Stream {
   }
 
   void add(const Item& item, const View& view, int64_t p0, int64_t p1, int64_t p2, int64_t count, int64_t channels) {
-    runs_[end_++] = {row_address<S>(params_, item, view, p0, p1, p2), view.space[2] * params_.axis[2].dilation, count,
-                     channels};
+    runs_[end_++] = {row_address<S>(params_, item, view, p0, p1, p2), step_of(params_, view, 2), count, channels};
   }
 
   const LocalAttentionParams& params_;
@@ -135,7 +139,7 @@ class Ahead {
     Part& part = *end_++;
     part.row = row_address<S>(params_, item, *tensor.view, window.first[0], window.first[1], window.first[2]);
     for (int axis = 0; axis < kAxes; ++axis) {
-      part.step[axis] = tensor.view->space[axis] * params_.axis[axis].dilation;
+      part.step[axis] = step_of(params_, *tensor.view, axis);
       part.count[axis] = window.count[axis];
     }
     part.channels = tensor.channels;

@@ -7,7 +7,8 @@
 //
 // Bytes: every tensor is read or written once. Scores, and the bias and its gradient spread to their shape, live in scratch memory.
 
-// F is what products are made of, as in Worker.
+// F is what products are made of, as in Worker. NB: loops have the members that they need in local variables: a vector store may change
+// any member, for all that the compiler knows.
 template <class S, class F = Compute<S>>
 struct WindowWorker {
   using T = Compute<S>;
@@ -35,7 +36,7 @@ struct WindowWorker {
   T* dbias_rows;                                          // of one column of keys, [row of the table][query], whole vectors
   T *bias_table, *dbias_table;                            // a head's, each row backwards: as the queries of a row go forwards
   T *result, *dkey, *dvalue;                              // [position][sum_pitch]
-  T *lse, *dlse, *share;                                  // [lanes]
+  T *lse, *dlse, *inverse_sum;                            // [lanes]
   Ahead<S> ahead;
   size_t bytes;
 
@@ -80,7 +81,7 @@ struct WindowWorker {
     dvalue = take(backward, sums);
     lse = take(true, n);
     dlse = take(backward, n);
-    share = take(!backward, n);
+    inverse_sum = take(!backward, n);
     bytes = arena.used();
   }
 
@@ -145,11 +146,11 @@ struct WindowWorker {
     work(next_item, next);
   }
 
-  // Calls run(address of the first, its number, how many) for neighboring positions of a window on axis 2; they lie `step_of(view)` apart.
+  // Calls run(address of the first, its number, how many) for neighboring positions of a window on axis 2; they lie `column_step(view)` apart.
   template <class Out, class Run>
   void for_runs(const Window& window, const View& view, Run&& run) const {
     const int64_t count0 = window.count[0], count1 = window.count[1], count2 = window.count[2];
-    const int64_t step0 = step_of(view, 0), step1 = step_of(view, 1);
+    const int64_t step0 = step_of(params, view, 0), step1 = step_of(params, view, 1);
     Out* plane = row_address<Out>(params, item, view, window.first[0], window.first[1], window.first[2]);
     int64_t at = 0;
     for (int64_t i = 0; i < count0; ++i, plane += step0) {
@@ -157,10 +158,10 @@ struct WindowWorker {
       for (int64_t j = 0; j < count1; ++j, row += step1, at += count2) run(row, at, count2);
     }
   }
-  int64_t step_of(const View& view, int axis = 2) const { return view.space[axis] * params.axis[axis].dilation; }
+  int64_t column_step(const View& view) const { return step_of(params, view, 2); }
 
   void load_rows(const Window& window, const View& view, int64_t channels, int64_t pitch, T* to) const {
-    const int64_t words = factors(channels), step = step_of(view);
+    const int64_t words = factors(channels), step = column_step(view);
     for_runs<S>(window, view, [&](const S* from, int64_t at, int64_t count) NATRPB_LAMBDA {
       T* copy = to + at * pitch;
       for (int64_t i = 0; i < count; ++i, from += step, copy += pitch) {
@@ -174,21 +175,21 @@ struct WindowWorker {
   // Writes rows [position][sum_pitch] to `view`, times factor(row).
   template <class Factor>
   void store_rows(const T* rows, const Window& window, const View& view, int64_t channels, Factor&& factor) const {
-    const int64_t step = step_of(view), pitch = sum_pitch;
+    const int64_t step = column_step(view), pitch = sum_pitch;
     for_runs<S>(window, view, [&](S* to, int64_t at, int64_t count) NATRPB_LAMBDA {
       for (int64_t i = at; i < at + count; ++i, to += step) store_row(rows + i * pitch, channels, splat(factor(i)), to);
     });
   }
   // One number per position; those behind the last are `rest`.
   void load_numbers_of(const Window& window, const View& view, T rest, T* to) const {
-    const int64_t step = step_of(view);
+    const int64_t step = column_step(view);
     for_runs<T>(window, view, [&](const T* from, int64_t at, int64_t count) {
       for (int64_t i = 0; i < count; ++i) to[at + i] = from[i * step];
     });
     for (int64_t i = positions; i < lanes; ++i) to[i] = rest;
   }
   void store_numbers_of(const Window& window, const View& view, const T* numbers) const {
-    const int64_t step = step_of(view);
+    const int64_t step = column_step(view);
     for_runs<T>(window, view, [&](T* to, int64_t at, int64_t count) {
       for (int64_t i = 0; i < count; ++i) to[i * step] = numbers[at + i];
     });
@@ -370,12 +371,12 @@ struct WindowWorker {
         score_pairs(part, key, key_pitch, query_columns, factors(depth), static_cast<T>(params.scale), bias, score);
         for (int64_t q = 0; q < part.lanes; q += L) {
           const Softmax<T> softmax = exponentiate(score + q, positions, width);
-          store(share + part.begin + q, T(1) / softmax.sum);
+          store(inverse_sum + part.begin + q, T(1) / softmax.sum);
           store(lse + part.begin + q, softmax.peak + log<T>(softmax.sum));
         }
         sum_keys(part, score, value_words, value_depth);
       });
-      store_rows(result, window, params.out, value_depth, [&](int64_t query) { return share[query]; });
+      store_rows(result, window, params.out, value_depth, [&](int64_t query) { return inverse_sum[query]; });
       store_numbers_of(window, params.lse, lse);
     });
   }

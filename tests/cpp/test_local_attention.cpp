@@ -75,7 +75,8 @@ int main() {
   // More than 8 MB: what is upcoming is asked for meanwhile.
   const std::vector<Case> large = {
       {"streamed, dilated", {one, neighborhood(98, 3, 1, 3), neighborhood(190, 3)}, 1, 1, 36, 32, true},
-      {"streamed, shifted windows", {one, window(67, 4, 1), window(50, 3, 2)}, 2, 3, 32, 32, true},
+      {"streamed, small windows", {one, window(67, 4, 1), window(50, 3, 2)}, 2, 3, 32, 32, true},
+      {"streamed, windows", {window(3, 2, 1), window(67, 3, 1), window(50, 4, 2)}, 2, 1, 30, 32, true},
   };
   test_dtype<Cpu, DType::kFloat32>(large, {Layout::kPacked});
   return natrpb::test::finish(natrpb::cpu::isa_name(natrpb::cpu::active_isa()));
