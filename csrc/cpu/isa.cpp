@@ -57,15 +57,15 @@ Isa detect() {
   return has_tiles(features, saved) ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
-// Whether products of bf16 pairs come at the rate of fp32 multiply-adds. NB: measured on Zen 5 (AMD's family 26); a Xeon with AMX
-// makes them at a quarter of that rate, half as many products a second as in fp32.
+// Whether products of bf16 pairs come at the rate of fp32 multiply-adds. NB: measured on Zen 4 and Zen 5 (AMD's families 25 and 26); a
+// Xeon with AMX makes them at a quarter of that rate, half as many products a second as in fp32.
 bool pairs_are_fast() {
   unsigned a, b, c, d;
   if (!__get_cpuid(0, &a, &b, &c, &d)) return false;
   const bool amd = b == signature_AMD_ebx && d == signature_AMD_edx && c == signature_AMD_ecx;
   if (!amd || !__get_cpuid(1, &a, &b, &c, &d)) return false;
   const unsigned base = a >> 8 & 0xf, extended = a >> 20 & 0xff;
-  return base + extended >= 26;
+  return base + extended >= 25;
 }
 #else
 Isa detect() { return Isa::kPortable; }
