@@ -75,26 +75,3 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Factor<T>& a, 
     }
   }
 }
-
-// ---- sums and maxima over the lanes of a vector ----
-
-template <int S, class V, int... J>
-NATRPB_INLINE V rotate(V v, std::integer_sequence<int, J...>) {
-  return __builtin_shufflevector(v, v, (J ^ S)...);
-}
-template <class T, int S = kLanes<T> / 2>
-NATRPB_INLINE T sum_of(Vec<T> v) {
-  if constexpr (S == 0) {
-    return v[0];
-  } else {
-    return sum_of<T, S / 2>(v + rotate<S>(v, std::make_integer_sequence<int, kLanes<T>>{}));
-  }
-}
-template <class T, int S = kLanes<T> / 2>
-NATRPB_INLINE T largest_of(Vec<T> v) {
-  if constexpr (S == 0) {
-    return v[0];
-  } else {
-    return largest_of<T, S / 2>(max<T>(v, rotate<S>(v, std::make_integer_sequence<int, kLanes<T>>{})));
-  }
-}

@@ -14,8 +14,8 @@ NATRPB_INLINE int64_t step_of(const LocalAttentionParams& params, const View& vi
   return view.space[axis] * params.axis[axis].dilation;
 }
 
-// Asks for `count` columns `step` elements apart; those that do not begin with a cache line may end in one more. NB: inlined by
-// force, GCC drops calls that do nothing but prefetch.
+// Asks for `count` columns `step` elements apart; those that do not begin with a cache line may end in one more. NB: into the second-level
+// cache, which keeps more misses open than the first (docs/design/cpu.md); inlined by force, GCC drops calls that do nothing but prefetch.
 template <class S>
 NATRPB_INLINE void prefetch_columns(const S* row, int64_t step, int64_t count, int64_t channels) {
   constexpr int64_t kLine = 64 / sizeof(S);
@@ -23,21 +23,21 @@ NATRPB_INLINE void prefetch_columns(const S* row, int64_t step, int64_t count, i
   const int64_t lines = ceil_div(channels, kLine) + (aligned ? 0 : 1);
   for (int64_t i = 0; i < lines; ++i) {
     const S* at = row + min_of(i * kLine, channels - 1);
-    for (int64_t column = 0; column < count; ++column, at += step) __builtin_prefetch(at);
+    for (int64_t column = 0; column < count; ++column, at += step) __builtin_prefetch(at, 0, 2);
   }
 }
 
-// Whether the tensors that a call touches do not stay in the caches: query, key, value and out; or query, key, value, dout and the three
-// gradients.
+// Whether the tensors that a call touches do not stay in a core's own caches: query, key, value and out; or query, key, value, dout and
+// the three gradients.
 inline bool leaves_caches(const LocalAttentionParams& params, bool backward, size_t element_bytes) {
-  constexpr int64_t kCached = int64_t{8} << 20;  // measured, docs/design/cpu.md
+  constexpr int64_t kCached = int64_t{1} << 20;
   int64_t positions = params.batch * params.heads;
   for (const Axis& axis : params.axis) positions *= axis.length;
   const int64_t channels = backward ? 4 * params.head_dim + 3 * params.value_dim : 2 * (params.head_dim + params.value_dim);
   return positions * channels * static_cast<int64_t>(element_bytes) > kCached;
 }
 
-// What a group of query rows asks for beside its work, where a call's tensors do not stay in the caches: the rows of its own
+// What a group of query rows asks for beside its work, where a call's tensors do not stay in a core's caches: the rows of its own
 // results, and the part of the upcoming item's keys and values that lies in that item's box where the group lies in this one's.
 // NB: one row at a time, between tiles. All at once, the requests would wait for one another, and the work for them.
 template <class S>

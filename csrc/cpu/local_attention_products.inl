@@ -60,7 +60,8 @@ inline constexpr bool kTiles = true;  // of AMX, two by two
 inline constexpr int kProductRows = 32, kProductVectors = 2;
 #else
 inline constexpr bool kTiles = false;
-inline constexpr int kProductRows = NATRPB_VECTOR_BYTES == 64 ? 8 : 5, kProductVectors = 2;
+inline constexpr int kProductRows = NATRPB_VECTOR_BYTES == 64 ? 8 : 5;
+inline constexpr int kProductVectors = NATRPB_VECTOR_BYTES == 64 ? 3 : 2;
 #endif
 
 template <class T>
@@ -79,11 +80,14 @@ template <class F, Order O, class Between>
 void multiply(const Product<Compute<F>>& m, int64_t rows, int64_t columns, int64_t run, Between&& between) {
   using T = Compute<F>;
   constexpr int L = kLanes<T>;
-  const int64_t most = ceil_div(rows, ceil_div(rows, kProductRows));
-  for (int64_t j = 0; j < columns; j += kProductVectors * L) {
-    const int64_t vectors = min_of(kProductVectors, (columns - j) / L);
-    for (int64_t i = 0; i < rows; i += most) {
-      const int64_t n = min_of(most, rows - i);
+  if (columns == 0) return;
+  // Equal shares: a narrow tile has more loads for its products.
+  const int64_t tall = ceil_div(rows, ceil_div(rows, kProductRows));
+  const int64_t wide = ceil_div(columns / L, ceil_div(columns, kProductVectors * L)) * L;
+  for (int64_t j = 0; j < columns; j += wide) {
+    const int64_t vectors = min_of(wide, columns - j) / L;
+    for (int64_t i = 0; i < rows; i += tall) {
+      const int64_t n = min_of(tall, rows - i);
       const auto tile = pick_product_tile<F, O>(static_cast<int>((n - 1) * kProductVectors + vectors - 1),
                                                 std::make_integer_sequence<int, kProductRows * kProductVectors>{});
       Product<T> part = m;

@@ -22,6 +22,7 @@ struct WindowWorker {
   Item item;
   Window shape{};                                         // what bias and dbias are laid out for
   int64_t positions, lanes;                               // of that shape, and padded to whole vectors
+  int64_t scored;                                         // lanes, without those of a last query that has a vector to itself
   int64_t width;                                          // of the parts that scores are formed in
   int64_t calls;                                          // tiles of its products
   const int64_t depth, value_depth;                       // D, Dv
@@ -37,6 +38,7 @@ struct WindowWorker {
   T *bias_table, *dbias_table;                            // a head's, each row backwards: as the queries of a row go forwards
   T *result, *dkey, *dvalue;                              // [position][sum_pitch]
   T *lse, *dlse, *inverse_sum;                            // [lanes]
+  T *lone_bias, *lone_score, *lone_dscore;                // of a lone query, [key]
   Ahead<S> ahead;
   size_t bytes;
 
@@ -82,6 +84,9 @@ struct WindowWorker {
     lse = take(true, n);
     dlse = take(backward, n);
     inverse_sum = take(!backward, n);
+    lone_bias = take(params.rpb, n);
+    lone_score = take(true, n);
+    lone_dscore = take(backward, n);
     bytes = arena.used();
   }
 
@@ -195,7 +200,7 @@ struct WindowWorker {
     });
   }
   void transpose_rows(const T* rows, int64_t pitch, int64_t words, T* columns) const {
-    copy_columns<T>(rows, pitch, lanes, words, lanes, columns);
+    copy_columns<T>(rows, pitch, scored, words, lanes, columns);
   }
 
   // ---- bias ----
@@ -271,17 +276,21 @@ struct WindowWorker {
     shape = window;
     positions = window.positions();
     lanes = padded(positions);
+    scored = positions > L && positions % L == 1 ? positions - 1 : lanes;
     width = min_of(lanes, kWidth);
     const auto tiles = [&](int64_t columns) {
       return ceil_div(positions, kProductRows) * ceil_div(columns, kProductVectors * L);
     };
-    calls = dout ? 2 * (tiles(lanes) + tiles(depth)) + tiles(value_depth) : tiles(lanes) + tiles(value_depth);
+    calls = dout ? 2 * (tiles(scored) + tiles(depth)) + tiles(value_depth) : tiles(scored) + tiles(value_depth);
     const int64_t rest = lanes - positions;
     clear(query + positions * key_pitch, rest * key_pitch);
     if (dout) clear(dout + positions * value_pitch, rest * value_pitch);
     if (kTiles) clear_tails();
     if (dbias) clear(dbias, positions * lanes);
-    if (bias) spread_bias();
+    if (!bias) return;
+    spread_bias();
+    if (scored == lanes) return;
+    for (int64_t k = 0; k < positions; ++k) lone_bias[k] = bias[k * lanes + positions - 1];
   }
   // What only whole tiles of products read.
   void clear_tails() const {
@@ -302,12 +311,13 @@ struct WindowWorker {
   // Some of a window's queries.
   struct Part {
     int64_t begin, live;
-    int64_t lanes;  // live, padded to whole vectors
+    int64_t lanes;   // live, padded to whole vectors
+    int64_t scored;  // of these, without a lone query's
   };
   template <class Body>
   void for_parts(Body&& body) const {
     for (int64_t q = 0; q < positions; q += width) {
-      body(Part{q, min_of(width, positions - q), min_of(width, lanes - q)});
+      body(Part{q, min_of(width, positions - q), min_of(width, lanes - q), min_of(width, scored - q)});
     }
   }
 
@@ -317,7 +327,7 @@ struct WindowWorker {
     constexpr int64_t kRun = 32;
     Product<T> m{rows, pitch, columns + part.begin, lanes, words, to, width, scale, start, lanes};
     if (start) m.start += part.begin;
-    product<Order::kRows>(m, positions, part.lanes, kRun);
+    product<Order::kRows>(m, positions, part.scored, kRun);
   }
   // result[query] = sum_k p[key][query] rows[key]
   void sum_keys(const Part& part, const T* p, const T* rows, int64_t channels) {
@@ -357,6 +367,70 @@ struct WindowWorker {
     }
   }
 
+  // ---- a lone query: its keys are lanes while its scores become weights, then these become a column of all queries' ----
+
+  // to[key] = start[key] + scale <row, rows[key]>; `rest` behind the last key
+  void score_lone(const T* row, const T* rows, int64_t pitch, T scale, const T* start, T rest, T* to) const {
+    const int64_t last = positions - 1;  // the only one of its vector, too
+    const auto write = [&](int64_t k, Vec<T> dots)
+                           NATRPB_LAMBDA { store(to + k, start ? load(start + k) + scale * dots : scale * dots); };
+    for (int64_t k = 0; k < last; k += L) {
+      Vec<T> sums[L] = {};
+      for (int64_t c = 0; c < pitch; c += L) {
+        const Vec<T> factor = load(row + c);
+        const T* from = rows + k * pitch + c;
+        unroll<L>([&](auto i) NATRPB_LAMBDA {
+          sums[decltype(i)::value] = multiply_add<F>(sums[decltype(i)::value], factor, load(from));
+          from += pitch;
+        });
+      }
+      write(k, sums_of<T>(sums));
+    }
+    Vec<T> sum{};
+    for (int64_t c = 0; c < pitch; c += L) sum = multiply_add<F>(sum, load(row + c), load(rows + last * pitch + c));
+    write(last, splat(sum_of<T>(sum)));
+    store(to + last, lane_numbers<T>() == 0 ? load(to + last) : splat(rest));
+  }
+  void copy_lone(const Part& part, const T* from, T* to) const {
+    const int64_t step = width;
+    to += part.live - 1;
+    for (int64_t k = 0; k < positions; ++k) to[k * step] = from[k];
+  }
+  const T* last_of(const T* rows, int64_t pitch) const { return rows + (positions - 1) * pitch; }
+
+  void weigh_lone(const Part& part) const {
+    score_lone(last_of(query, key_pitch), key, key_pitch, static_cast<T>(params.scale), lone_bias, -kInfinity<T>, lone_score);
+    Vec<T> most = load(lone_score);
+    for (int64_t k = L; k < lanes; k += L) most = max<T>(most, load(lone_score + k));
+    const T largest = largest_of<T>(most), peak = largest - largest == T(0) ? largest : T(0);  // as in exponentiate()
+    Vec<T> total{};
+    for (int64_t k = 0; k < lanes; k += L) {
+      const Vec<T> e = exp<T>(load(lone_score + k) - peak);
+      store(lone_score + k, e);
+      total += e;
+    }
+    const T sum = sum_of<T>(total);
+    inverse_sum[positions - 1] = T(1) / sum;
+    lse[positions - 1] = peak + log<T>(splat(sum))[0];
+    copy_lone(part, lone_score, score);
+  }
+  void differentiate_lone(const Part& part) const {
+    score_lone(last_of(query, key_pitch), key, key_pitch, static_cast<T>(params.scale), lone_bias, -kInfinity<T>, lone_score);
+    score_lone(last_of(dout, value_pitch), value, value_pitch, T(1), nullptr, T(0), lone_dscore);
+    Vec<T> total{};
+    for (int64_t k = 0; k < lanes; k += L) {
+      const Vec<T> weight = exp<T>(load(lone_score + k) - lse[positions - 1]);
+      store(lone_score + k, weight);
+      total += weight * load(lone_dscore + k);
+    }
+    const T delta = sum_of<T>(total) - dlse[positions - 1];
+    for (int64_t k = 0; k < lanes; k += L) {
+      store(lone_dscore + k, load(lone_score + k) * (load(lone_dscore + k) - delta));
+    }
+    copy_lone(part, lone_score, score);
+    copy_lone(part, lone_dscore, dscore);
+  }
+
   // ---- ops ----
   void forward() {
     const Tensor outputs[] = {{&params.out, value_depth}};
@@ -369,11 +443,12 @@ struct WindowWorker {
       transpose_rows(query, key_pitch, factors(depth), query_columns);
       for_parts([&](const Part& part) {
         score_pairs(part, key, key_pitch, query_columns, factors(depth), static_cast<T>(params.scale), bias, score);
-        for (int64_t q = 0; q < part.lanes; q += L) {
+        for (int64_t q = 0; q < part.scored; q += L) {
           const Softmax<T> softmax = exponentiate(score + q, positions, width);
           store(inverse_sum + part.begin + q, T(1) / softmax.sum);
           store(lse + part.begin + q, softmax.peak + log<T>(softmax.sum));
         }
+        if (part.scored < part.lanes) weigh_lone(part);
         sum_keys(part, score, value_words, value_depth);
       });
       store_rows(result, window, params.out, value_depth, [&](int64_t query) { return inverse_sum[query]; });
@@ -407,10 +482,11 @@ struct WindowWorker {
       for_parts([&](const Part& part) {
         score_pairs(part, key, key_pitch, query_columns, factors(depth), scale, bias, score);
         score_pairs(part, value, value_pitch, dout_columns, factors(value_depth), T(1), nullptr, dscore);
-        for (int64_t q = 0; q < part.lanes; q += L) {
+        for (int64_t q = 0; q < part.scored; q += L) {
           differentiate_softmax(load(lse + part.begin + q), load(dlse + part.begin + q), positions, score + q, dscore + q,
                                 width);
         }
+        if (part.scored < part.lanes) differentiate_lone(part);
         if (dbias) add_bias_grad(part);
         sum_keys(part, dscore, key_words, depth);
         sum_queries(part, dscore, query_words, depth, dkey);

@@ -401,6 +401,29 @@ NATRPB_INLINE Vec<Compute<F>> multiply_add(Vec<Compute<F>> sum, Vec<Compute<F>> 
 #endif
 }
 
+// ---- sums and maxima over the lanes of a vector -----------------------------------------------------------------------
+
+template <int S, class V, int... J>
+NATRPB_INLINE V rotate(V v, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(v, v, (J ^ S)...);
+}
+template <class T, int S = kLanes<T> / 2>
+NATRPB_INLINE T sum_of(Vec<T> v) {
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+    return sum_of<T, S / 2>(v + rotate<S>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+  }
+}
+template <class T, int S = kLanes<T> / 2>
+NATRPB_INLINE T largest_of(Vec<T> v) {
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+    return largest_of<T, S / 2>(max<T>(v, rotate<S>(v, std::make_integer_sequence<int, kLanes<T>>{})));
+  }
+}
+
 // ---- transposition ----------------------------------------------------------------------------------------------------
 
 // Shuffles of two vectors that are one instruction each; E elements are 16 bytes.
@@ -451,5 +474,26 @@ NATRPB_INLINE void transpose(Vec<T>* rows) {
         r[3 * E] = every_second<E, 1>(odd01, odd23, all);
       }
     });
+  }
+}
+
+// The sum of the lanes of rows[l] in lane l. Halves of two vectors meet until one is left: rows that are W apart, within 16 bytes first.
+template <class T, int N = kLanes<T>, int W = 1>
+NATRPB_INLINE Vec<T> sums_of(const Vec<T>* rows) {
+  if constexpr (N == 1) {
+    return rows[0];
+  } else {
+    constexpr int E = 16 / sizeof(T);
+    constexpr auto all = std::make_integer_sequence<int, kLanes<T>>{};
+    Vec<T> halves[N / 2];
+    unroll<N / 2>([&](auto i) NATRPB_LAMBDA {
+      const Vec<T> a = rows[2 * decltype(i)::value], b = rows[2 * decltype(i)::value + 1];
+      if constexpr (W < E) {
+        halves[decltype(i)::value] = interleave<E, W, 0>(a, b, all) + interleave<E, W, 1>(a, b, all);
+      } else {
+        halves[decltype(i)::value] = every_second<E, 0>(a, b, all) + every_second<E, 1>(a, b, all);
+      }
+    });
+    return sums_of<T, N / 2, 2 * W>(halves);
   }
 }

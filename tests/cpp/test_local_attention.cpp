@@ -57,6 +57,7 @@ int main() {
       {"2-D, shifted windows", {one, window(10, 7, 3), window(18, 7, 5)}, 1, 2, 32, 32, true},
       {"2-D, windows larger than the input", {one, window(5, 8, 0), window(6, 8, 4)}, 1, 1, 16, 16, true},
       {"2-D, windows of three parts", {one, window(12, 12, 0), window(29, 11, 4)}, 1, 1, 34, 18, true},
+      {"2-D, windows of a position more than whole vectors", {one, window(8, 5, 3), window(26, 13, 0)}, 1, 2, 22, 34, true},
       {"2-D, windows without bias", {one, window(9, 4, 2), window(9, 5, 0)}, 1, 2, 16, 48, false},
       {"2-D, dilated windows", {one, window(15, 4, 1, 2), window(17, 7, 3, 3)}, 2, 1, 8, 6, true},
       {"2-D, neighborhoods of the whole map", {one, neighborhood(7, 7), neighborhood(5, 5)}, 2, 3, 32, 32, true},
@@ -72,12 +73,13 @@ int main() {
   test_dtype<Cpu, DType::kFloat32>(cases, layouts);
   test_dtype<Cpu, DType::kBFloat16>(cases, layouts);
   test_dtype<Cpu, DType::kFloat16>(cases, layouts);
-  // More than 8 MB: what is upcoming is asked for meanwhile.
+  // More than 1 MiB: what is upcoming is asked for meanwhile.
   const std::vector<Case> large = {
-      {"streamed, dilated", {one, neighborhood(98, 3, 1, 3), neighborhood(190, 3)}, 1, 1, 36, 32, true},
-      {"streamed, small windows", {one, window(67, 4, 1), window(50, 3, 2)}, 2, 3, 32, 32, true},
-      {"streamed, windows", {window(3, 2, 1), window(67, 3, 1), window(50, 4, 2)}, 2, 1, 30, 32, true},
+      {"streamed, dilated", {one, neighborhood(68, 3, 1, 3), neighborhood(130, 3)}, 1, 1, 36, 32, true},
+      {"streamed, small windows", {one, window(67, 4, 1), window(50, 3, 2)}, 2, 1, 32, 32, true},
+      {"streamed, windows", {window(3, 2, 1), window(67, 3, 1), window(50, 4, 2)}, 1, 1, 30, 32, true},
   };
   test_dtype<Cpu, DType::kFloat32>(large, {Layout::kPacked});
+  test_dtype<Cpu, DType::kBFloat16>(large, {Layout::kPacked});
   return natrpb::test::finish(natrpb::cpu::isa_name(natrpb::cpu::active_isa()));
 }
