@@ -27,11 +27,18 @@ STREAM_FLOATS = 1 << 24  # 64 MiB an array and thread, beyond the caches
 
 
 def cpu_model() -> str:
+    """The processor's name, with what tells generations of one name apart, as in "AMD EPYC (family 26, model 2)"."""
     try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        text = ""
+    name, family, model = (
+        found.group(1).strip() if (found := re.search(rf"^{key}\s*: (.+)$", text, re.MULTILINE)) else None
+        for key in ("model name", "cpu family", "model")
+    )
+    if name is None:
+        return platform.processor() or platform.machine()
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def caches() -> dict[str, str]:
