@@ -44,7 +44,7 @@ template <class S>
 class Stream {
  public:
   Stream(const LocalAttentionParams& params, const Plan& plan, bool backward)
-      : params_(params), plan_(plan), wanted_(leaves_caches(params, backward, sizeof(S))) {}
+      : params_(params), plan_(plan), in_phases_(backward), wanted_(leaves_caches(params, backward, sizeof(S))) {}
 
   void begin(const Item& item, const View& result, int64_t channels) {
     if (!wanted_) return;
@@ -52,7 +52,10 @@ class Stream {
     result_ = result;
     channels_ = channels;
     upcoming_.empty = true;
-    if (item.index + 1 < plan_.items) upcoming_ = locate(params_, plan_, item.index + 1);
+    for (int64_t i = item.index + 1; i < plan_.items && upcoming_.empty; ++i) {
+      upcoming_ = locate(params_, plan_, i);
+      if (in_phases_ && upcoming_.color != item.color) upcoming_.empty = true;
+    }
   }
 
   // Plans for `rows` query rows of one block from (p0, p1) on.
@@ -95,6 +98,7 @@ class Stream {
 
   const LocalAttentionParams& params_;
   const Plan& plan_;
+  const bool in_phases_;  // items of one color after the other
   const bool wanted_;
   Item item_, upcoming_;
   View result_;
