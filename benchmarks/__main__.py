@@ -98,9 +98,14 @@ def run(workloads: list[Workload], threads: list[int], budget: float, console: C
     )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("yardsticks", total=len(workloads) * len(threads))
-        results.yardsticks = {count: machine.yardsticks(count) for count in threads}
+        task = progress.add_task("", total=len(workloads) * len(threads))
+        group = None
         for workload in workloads:
+            if workload.group != group:
+                group = workload.group
+                progress.update(task, description="yardsticks")
+                for count in threads:
+                    results.add_yardsticks(count, machine.yardsticks(count))
             progress.update(task, description=workload.name)
             torch.set_num_threads(max(threads))
             problem = workload.make()

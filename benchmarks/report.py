@@ -40,6 +40,11 @@ class Results:
     def refused(self) -> list[Line]:
         return [line for line in self.lines if line.refused]
 
+    def add_yardsticks(self, threads: int, measured: dict[str, float]) -> None:
+        """Takes another reading of the limits of so many threads; the larger one counts, as a disturbed one falls short."""
+        earlier = self.yardsticks.get(threads, measured)
+        self.yardsticks[threads] = {name: max(value, earlier[name]) for name, value in measured.items()}
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import types
 
 import pytest
 import torch
+from rich.console import Console
 
 import natrpb
 from benchmarks import __main__ as command
@@ -315,6 +317,16 @@ class TestReport:
         with pytest.raises(ValueError, match=r"other\.json must be a results file"):
             Results.load(tmp_path / "other.json")
 
+    def test_of_a_limit_the_larger_reading_counts(self):
+        results = dataclasses.replace(sample_results(), yardsticks={})
+        results.add_yardsticks(2, {"fma_gflops": 90.0, "copy_gbytes": 11.0})
+        results.add_yardsticks(2, {"fma_gflops": 100.0, "copy_gbytes": 10.0})
+        results.add_yardsticks(1, {"fma_gflops": 50.0, "copy_gbytes": 9.0})
+        assert results.yardsticks == {
+            2: {"fma_gflops": 100.0, "copy_gbytes": 11.0},
+            1: {"fma_gflops": 50.0, "copy_gbytes": 9.0},
+        }
+
     def test_a_row(self):
         results = sample_results()
         assert report.cells(results.lines[0], results.yardsticks[1]) == [
@@ -419,6 +431,16 @@ class TestCommand:
         text = (tmp_path / "page.md").read_text()
         assert "![scaling map side](images/benchmarks/scaling-map-side.svg)" in text
         assert (tmp_path / "images/benchmarks/scaling-map-side.svg").exists()
+
+    def test_limits_are_read_before_every_group(self, monkeypatch):
+        readings = iter((90.0, 100.0))
+        monkeypatch.setattr(machine, "yardsticks", lambda threads: {"fma_gflops": next(readings)})
+        monkeypatch.setattr(command, "exact_results", lambda problem: {})
+        monkeypatch.setattr(command, "measure", lambda workload, *_: sample_results().lines[0])
+        workloads = [Workload(name, group, lambda: None) for name, group in (("a", "one"), ("b", "one"), ("c", "two"))]
+        results = command.run(workloads, [1], 0.1, Console(quiet=True))
+        assert results.yardsticks == {1: {"fma_gflops": 100.0}} and len(results.lines) == 3
+        assert next(readings, None) is None
 
     def test_a_refused_line_ends_in_an_error(self, monkeypatch, tmp_path, capsys):
         results = sample_results()
