@@ -78,7 +78,7 @@ cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
 	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure -j 2
 	$(CMAKE) -S . -B build/cmake-sanitize $(CMAKE_OPTIONS) -DNATRPB_TILE_TWIN=ON -DNATRPB_SANITIZE=address,undefined
 	$(CMAKE) --build build/cmake-sanitize
-	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure
+	$(VENV)/bin/ctest --test-dir build/cmake-sanitize --output-on-failure -j 2
 
 # The kernels of the C++ library for aarch64, cross-compiled and run by QEMU.
 arm-check: $(STAMPS)/test
