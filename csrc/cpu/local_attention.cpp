@@ -79,10 +79,11 @@ Status run(const LocalAttentionParams& params, Op op, ParallelFor parallel_for) 
   const Plan plan = plan_of(params, op);
   const int64_t bytes = kernels().scratch_bytes(params, plan, op);
   // Boxes that share keys take turns by color: the sums of one key are formed in the order of the colors.
-  const int64_t colors = needs.dkey || needs.dvalue ? plan.colors : 1;
-  for (int64_t color = 0; color < colors; ++color) {
+  const int64_t bits = needs.dkey || needs.dvalue ? plan.color_bits : 0;
+  for (int64_t color = 0; color <= bits; ++color) {
+    if (color & ~bits) continue;  // no box has it
     const Status status = run_items(parallel_for, plan.items, bytes, [&](int64_t index, void* scratch) {
-      if (colors == 1 || locate(params, plan, index).color == color) kernels().run_item(params, plan, op, index, scratch);
+      if (!bits || locate(params, plan, index).color == color) kernels().run_item(params, plan, op, index, scratch);
     });
     if (!status.ok()) return status;
   }

@@ -37,6 +37,12 @@ bool shares_keys(const LocalAttentionParams& params, const Plan& plan, int axis)
   return plan.boxes[axis] > 1 && !is_window(params.axis[axis]);
 }
 
+// Whether a head's boxes have their turns in descending order: every other one, and those of the second half the other way round.
+bool goes_backwards(int64_t heads, int64_t head) {
+  const int64_t half = ceil_div(heads, 2);
+  return (head % half + head / half) % 2 == 1;
+}
+
 }  // namespace
 
 bool is_windowed(const LocalAttentionParams& params) {
@@ -63,16 +69,16 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
   }
   const auto measure = [&] {
     plan.boxes_total = plan.keys_max = 1;
-    plan.colors = 1;
+    plan.color_bits = 0;
     for (int a = 0; a < kAxes; ++a) {
       const int64_t longest = params.axis[a].group_length(0);
       plan.boxes[a] = ceil_div(longest + box_offset(params.axis[a]), plan.box_size[a]);
       plan.key_size[a] = key_extent(params.axis[a], plan.box_size[a], longest);
-      if (shares_keys(params, plan, a)) plan.colors = int64_t{2} << a;
+      if (shares_keys(params, plan, a)) plan.color_bits |= int64_t{1} << a;
       plan.boxes_total *= plan.boxes[a];
       plan.keys_max *= plan.key_size[a];
     }
-    plan.keys_shared = plan.colors > 1;
+    plan.keys_shared = plan.color_bits != 0;
     plan.items = params.batch * params.heads * plan.groups_total * plan.boxes_total;
   };
   measure();
@@ -100,9 +106,9 @@ Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index)
   Item item{};
   item.index = index;
   int64_t rest = index;
-  int64_t box[kAxes];
+  int64_t turn[kAxes];  // of the box
   for (int a = kAxes - 1; a >= 0; --a) {
-    box[a] = rest % plan.boxes[a];
+    turn[a] = rest % plan.boxes[a];
     rest /= plan.boxes[a];
   }
   for (int a = kAxes - 1; a >= 0; --a) {
@@ -111,10 +117,12 @@ Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index)
   }
   item.head = rest % params.heads;
   item.batch = rest / params.heads;
+  const bool is_reversed = goes_backwards(params.heads, item.head);
   for (int a = 0; a < kAxes; ++a) {
     const Axis& axis = params.axis[a];
     item.size[a] = axis.group_length(item.group[a]);
-    const int64_t start = box[a] * plan.box_size[a] - box_offset(axis);
+    const int64_t box = is_reversed ? plan.boxes[a] - 1 - turn[a] : turn[a];
+    const int64_t start = box * plan.box_size[a] - box_offset(axis);
     item.lo[a] = max_of(start, 0);
     item.hi[a] = min_of(start + plan.box_size[a], item.size[a]);
     if (item.lo[a] >= item.hi[a]) {
@@ -122,7 +130,7 @@ Item locate(const LocalAttentionParams& params, const Plan& plan, int64_t index)
       return item;
     }
     item.key_lo[a] = axis.keys(item.lo[a], item.size[a]).first;
-    if (shares_keys(params, plan, a)) item.color |= (box[a] & 1) << a;
+    if (plan.color_bits >> a & 1) item.color |= (turn[a] & 1) << a;
     item.key_n[a] = axis.keys(item.hi[a] - 1, item.size[a]).last - item.key_lo[a] + 1;
   }
   return item;

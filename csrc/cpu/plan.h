@@ -3,6 +3,10 @@
 // An item is one (batch, head, residue group, box of queries). Its keys are the union of its queries' intervals, a box again.
 // The cut depends on shapes alone, never on threads: sums that cross items are formed in a fixed order, so results are equal
 // in bits for any number of threads.
+//
+// Some heads go through their boxes backwards, so that two threads that begin at different heads of a heads-last tensor do not write
+// to the same places of the map at the same time: they would take cache lines from each other though they share none, as hardware
+// fetches what lies beside (docs/design/cpu.md).
 #pragma once
 
 #include <cstddef>
@@ -20,7 +24,7 @@ struct Plan {
   int64_t groups_total;
   int64_t boxes_total;  // per residue group
   bool keys_shared;     // some keys are needed by several boxes: neighbors, never boxes two apart
-  int64_t colors;       // phases in which such sums are formed; boxes of one color share no key
+  int64_t color_bits;   // bit a: boxes share keys on axis a, see Item::color
   int64_t items;
   int64_t keys_max;  // product of key_size
   int64_t slots;     // K_0 K_1 K_2
@@ -43,7 +47,9 @@ struct Item {
   int64_t hi[kAxes];
   int64_t key_lo[kAxes];  // keys key_lo .. key_lo + key_n - 1, in-group
   int64_t key_n[kAxes];
-  int64_t color;  // bit a: whether the box is an odd one on axis a, where keys are shared
+  // Boxes of one color share no key; sums of keys are formed color by color. Bit a: whether the box has an odd turn on axis a, where
+  // keys are shared.
+  int64_t color;
   bool empty;
 
   int64_t keys() const { return key_n[0] * key_n[1] * key_n[2]; }

@@ -23,13 +23,17 @@ void check_axis(const natrpb::LocalAttentionParams& params, int a, const std::st
   for (int64_t channels : kChannels) {
     const Plan plan = natrpb::cpu::make_plan(params, channels);
     const Axis& axis = params.axis[a];
-    for (int64_t group = 0; group < plan.groups[a]; ++group) {
+    for (int64_t group_and_head = 0; group_and_head < plan.groups[a] * params.heads; ++group_and_head) {
+      const int64_t group = group_and_head / params.heads, head = group_and_head % params.heads;
       const int64_t size = axis.group_length(group);
       std::vector<int> owners(size, 0);
       std::vector<std::vector<int>> colored(2, std::vector<int>(size, 0));
       for (int64_t box = 0; box < plan.boxes[a]; ++box) {
         // The other axes have one position, so that boxes and groups of this axis alone count up.
-        const Item item = natrpb::cpu::locate(params, plan, group * plan.boxes[a] + box);
+        const Item item = natrpb::cpu::locate(params, plan, (head * plan.groups[a] + group) * plan.boxes[a] + box);
+        natrpb::test::check(item.group[a] == group && item.head == head,
+                            [&] { return name + ": items are not in the order of batch, head, group, box"; });
+        natrpb::test::check((item.color & ~plan.color_bits) == 0, [&] { return name + ": a color that has no turn"; });
         if (item.empty) continue;
         const Interval keys{item.key_lo[a], item.key_lo[a] + item.key_n[a] - 1};
         natrpb::test::check(item.key_n[a] <= plan.key_size[a], [&] { return name + ": a key box is larger than planned"; });
@@ -58,7 +62,7 @@ void check_all(int a, Axis axis) {
     const bool window = axis.kind == AxisKind::kWindow;
     if (!window && axis.kernel_size * axis.dilation > axis.length) continue;
     natrpb::LocalAttentionParams params;
-    params.batch = params.heads = 1;
+    params.heads = 2;  // the second one goes through its boxes backwards
     params.axis[a] = axis;
     char name[128];
     std::snprintf(name, sizeof name, "axis %d, kind %d, L %d, K %d, stride %d, dilation %d, shift %d", a,
