@@ -5,8 +5,8 @@
 // in bits for any number of threads.
 //
 // Some heads go through their boxes backwards, so that two threads that begin at different heads of a heads-last tensor do not write
-// to the same places of the map at the same time: they would take cache lines from each other though they share none, as hardware
-// fetches what lies beside (docs/design/cpu.md).
+// to the same places of the map at the same time: that costs up to half as much time again, though they share no cache line
+// (docs/design/cpu.md).
 #pragma once
 
 #include <cstddef>
