@@ -107,10 +107,10 @@ int64_t local_attention_backward_workspace(const LocalAttentionParams& params) {
 int64_t local_bias_grad_workspace(const LocalAttentionParams& params) { return workspace_bytes(params, Op::kBiasGrad); }
 
 bool local_attention_backward_is_wide(const LocalAttentionParams& params) {
-  return is_half(params) && !is_empty(params) && plan_of(params, Op::kBackward).keys_shared;
+  return is_half(params) && !is_empty(params) && plan_of(params, Op::kBackward).keys_shared();
 }
 bool local_av_transposed_is_wide(const LocalAttentionParams& params) {
-  return is_half(params) && !is_empty(params) && plan_of(params, Op::kAvTransposed).keys_shared;
+  return is_half(params) && !is_empty(params) && plan_of(params, Op::kAvTransposed).keys_shared();
 }
 
 Status local_attention_forward(const LocalAttentionParams& params, ParallelFor parallel_for) {

@@ -470,7 +470,7 @@ struct Worker {
   // Whether dkey or dvalue take an item's sums as they grow. NB: sums that meet others leave in the compute type, so that they
   // are rounded once.
   bool sums_in_place(const View& view, int64_t channels) const {
-    return (plan.keys_shared || std::is_same_v<S, T>) && channels % L == 0 && is_near(view, channels);
+    return (plan.keys_shared() || std::is_same_v<S, T>) && channels % L == 0 && is_near(view, channels);
   }
 
   // Calls key(address in view, r0, r1, column, whether nothing was added there before) for the item's keys.
@@ -508,7 +508,7 @@ struct Worker {
   }
   void finish_sums(const View& view, int64_t channels, const Rows<T>& rows) const {
     if (sums_in_place(view, channels)) return;
-    plan.keys_shared ? add_keys<T>(view, channels, rows) : add_keys<S>(view, channels, rows);
+    plan.keys_shared() ? add_keys<T>(view, channels, rows) : add_keys<S>(view, channels, rows);
   }
   void store_keys() const {
     if (needs.dkey) finish_sums(params.dkey, depth, dkey_rows);

@@ -78,7 +78,6 @@ Plan make_plan(const LocalAttentionParams& params, int64_t channels) {
       plan.boxes_total *= plan.boxes[a];
       plan.keys_max *= plan.key_size[a];
     }
-    plan.keys_shared = plan.color_bits != 0;
     plan.items = params.batch * params.heads * plan.groups_total * plan.boxes_total;
   };
   measure();

@@ -23,12 +23,13 @@ struct Plan {
   int64_t key_size[kAxes];  // most keys that a box needs per axis
   int64_t groups_total;
   int64_t boxes_total;  // per residue group
-  bool keys_shared;     // some keys are needed by several boxes: neighbors, never boxes two apart
-  int64_t color_bits;   // bit a: boxes share keys on axis a, see Item::color
+  int64_t color_bits;   // bit a: neighboring boxes share keys on axis a, see Item::color; boxes two apart never do
   int64_t items;
   int64_t keys_max;  // product of key_size
   int64_t slots;     // K_0 K_1 K_2
   int64_t table;     // entries of one head's bias table
+
+  bool keys_shared() const { return color_bits != 0; }
 };
 
 // Whether queries attend within windows of a size that WindowWorker is made for: all queries of one see all its keys, which are the same
