@@ -8,7 +8,7 @@ import torch
 from natrpb import ops
 
 from .cases import Case
-from .support import needs_compiled
+from .support import close, needs_compiled
 
 pytestmark = needs_compiled
 
@@ -16,13 +16,14 @@ CASE = Case((7, 9), (3, 4), batch=2, value_dim=5)
 NAMES = ("dout", "dlse", "query", "key", "value", "rpb", "out", "lse")
 
 
-def call(wrong: str, change) -> None:
-    """The backward of CASE with one of its tensors changed."""
+def call(wrong: str, change, needs_drpb: bool = True) -> tuple[torch.Tensor, ...]:
+    """The backward of CASE with one of its tensors changed, on the same numbers in every call."""
+    torch.manual_seed(0)
     inputs = CASE.inputs(torch.float32)
     out, lse = ops.local_attention(*inputs)
     tensors = dict(zip(NAMES, (out.clone(), lse.clone(), *inputs[:4], out, lse)))
     tensors[wrong] = change(tensors[wrong])
-    torch.ops.natrpb.local_attention_backward(*tensors.values(), *inputs.pattern, inputs.scale)
+    return torch.ops.natrpb.local_attention_backward(*tensors.values(), *inputs.pattern, inputs.scale, needs_drpb)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "query"])
@@ -42,3 +43,14 @@ def test_says_what_came():
         call("out", lambda x: x[..., :-1])
     with pytest.raises(RuntimeError, match="query must be float64, float32, bfloat16 or float16"):
         call("query", torch.Tensor.int)
+
+
+def test_the_tables_gradient_is_formed_where_it_is_needed():
+    *gradients, drpb = call("rpb", lambda x: x, needs_drpb=False)
+    assert drpb.shape == (0,)
+    for ours, beside_drpb in zip(gradients, call("rpb", lambda x: x)):
+        close(ours, beside_drpb, 1e-5)
+    *gradients, drpb = call("rpb", lambda x: None, needs_drpb=False)
+    assert drpb.shape == (0,) and all(x.isfinite().all() for x in gradients)
+    with pytest.raises(RuntimeError, match="needs_drpb must be false without rpb, got true"):
+        call("rpb", lambda x: None)

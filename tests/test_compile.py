@@ -32,9 +32,10 @@ def schema_calls(case: Case, dtype: torch.dtype) -> dict[str, tuple]:
     first = [x.detach().movedim(-2, 1).contiguous().requires_grad_() for x in (query, key, value)]
     attn = torch.randn(*first[0].shape[:-1], pattern.num_slots).to(dtype).requires_grad_()
     lists = [list(numbers) for numbers in pattern]
+    results = (out.detach(), lse.detach())
     return {
         "local_attention_forward": (query, key, value, rpb, *lists, scale),
-        "local_attention_backward": (dout, dlse, query, key, value, rpb, out.detach(), lse.detach(), *lists, scale),
+        "local_attention_backward": (dout, dlse, query, key, value, rpb, *results, *lists, scale, rpb is not None),
         "local_qk": (*first[:2], rpb, *lists, 0.0),
         "local_av": (attn, first[2], *lists),
         "local_av_transposed": (attn, first[0], *lists),
@@ -50,6 +51,12 @@ OPS = ["local_attention_forward", "local_attention_backward", "local_qk", "local
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_opcheck(case, name):
     torch.library.opcheck(getattr(torch.ops.natrpb, name).default, schema_calls(case, torch.float64)[name])
+
+
+@needs_compiled
+def test_opcheck_of_the_backward_beside_a_table_that_does_not_learn():
+    *args, _ = schema_calls(SMALL[0], torch.float64)["local_attention_backward"]
+    torch.library.opcheck(torch.ops.natrpb.local_attention_backward.default, (*args, False))
 
 
 @needs_compiled

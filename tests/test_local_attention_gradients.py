@@ -101,6 +101,13 @@ def test_gradgradcheck(case):
     assert gradgradcheck(attention_of(inputs), inputs.tensors())
 
 
+@pytest.mark.parametrize("case", [case for case in TINY if case.rpb], ids=str)
+def test_gradgradcheck_beside_a_table_that_does_not_learn(case):
+    query, key, value, rpb, pattern, scale = case.inputs(requires_grad=True)
+    fixed = rpb.detach()
+    assert gradgradcheck(lambda q, k, v: ops.local_attention(q, k, v, fixed, pattern, scale), (query, key, value))
+
+
 @pytest.mark.parametrize("case", GRID[::5], ids=str)
 def test_gradgradcheck_on_the_grid(case):
     inputs = strided(case.inputs(requires_grad=True))

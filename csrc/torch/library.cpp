@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(natrpb, m) {
         ", float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "local_attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
-      "Tensor out, Tensor lse, " NATRPB_PATTERN ", float scale) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drpb)");
+      "Tensor out, Tensor lse, " NATRPB_PATTERN
+      ", float scale, bool needs_drpb) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drpb)");
   m.def("local_qk(Tensor query, Tensor key, Tensor? rpb, " NATRPB_PATTERN ", float fill) -> Tensor");
   m.def("local_av(Tensor attn, Tensor value, " NATRPB_PATTERN ") -> Tensor");
   m.def("local_av_transposed(Tensor attn, Tensor x, " NATRPB_PATTERN ") -> Tensor");

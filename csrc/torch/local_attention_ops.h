@@ -34,7 +34,7 @@ struct LocalAttentionOps {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor query, Tensor key,
                                                              Tensor value, std::optional<Tensor> rpb, Tensor out, Tensor lse,
                                                              Ints kernel_size, Ints stride, Ints dilation, Ints kind,
-                                                             Ints shift, double scale) {
+                                                             Ints shift, double scale, bool needs_drpb) {
     const Backend backend("query", query);
     Call call("query", query, Layout::kHeadsLast, kernel_size, stride, dilation, kind, shift);
     Params& p = call.params;
@@ -46,14 +46,15 @@ struct LocalAttentionOps {
     if (dlse) p.dlse = take_per_query(backend, call, "dlse", *dlse);
     const std::optional<Tensor> table = take_rpb(backend, call, rpb);
     Tensor dquery = new_tensor(query, call.sizes(p.head_dim), query.scalar_type());
+    STD_TORCH_CHECK(rpb || !needs_drpb, "needs_drpb must be false without rpb, got true");
     const ScalarType sums = backend.local_attention_backward_is_wide(p) ? ScalarType::Float : query.scalar_type();
     Tensor dkey = new_tensor(query, call.sizes(p.head_dim), sums);
     Tensor dvalue = new_tensor(query, call.sizes(p.value_dim), sums);
-    Tensor drpb = new_tensor(query, rpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
+    Tensor drpb = new_tensor(query, needs_drpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
     p.dquery = call.view(dquery);
     p.dkey = call.view(dkey);
     p.dvalue = call.view(dvalue);
-    if (rpb) p.drpb = drpb.data_ptr();
+    if (needs_drpb) p.drpb = drpb.data_ptr();
     const Tensor memory = call.workspace(query, backend.local_attention_backward_workspace(p));
     finish(backend.local_attention_backward(p));
     return {dquery, rounded(dkey, query), rounded(dvalue, query), drpb};

@@ -70,7 +70,8 @@ def na2d(
         stride: queries that share one neighborhood, 1 <= stride <= kernel_size.
         dilation: step between neighboring keys.
         is_causal: bool per axis; a causal query sees itself and the keys before it.
-        rpb: [heads, 2 K_0 - 1, 2 K_1 - 1] in any float dtype, index key minus query; its gradient is summed in fp32.
+        rpb: [heads, 2 K_0 - 1, 2 K_1 - 1] in any float dtype, index key minus query; its gradient is summed in fp32, and
+            not at all where rpb does not require one.
         scale: default D ** -0.5; not applied to rpb.
         additional_keys, additional_values: [B, T, heads_kv, D] and [B, T, heads_kv, Dv], tokens that every query sees too,
             without bias.

@@ -49,7 +49,8 @@ def window_attention(
         window_size: W, one per axis or one for all; may exceed the axis' length.
         shift_size: where the windows begin, 0 <= shift_size < W per axis; Swin's shifted blocks use W // 2.
         rpb: [(2 W_0 - 1) * ..., heads], the layout of Swin's checkpoints, or, but for one axis in Swin's convention,
-            [heads, 2 W_0 - 1, ...]; any float dtype. Its gradient is summed in fp32.
+            [heads, 2 W_0 - 1, ...]; any float dtype. Its gradient is summed in fp32, and not at all where
+            rpb does not require one.
         scale: default D ** -0.5; not applied to rpb; not together with logit_scale.
         logit_scale: [heads] or [heads, 1, 1]; query and key are then normalised in fp32 (a zero vector stays zero and
             has no gradient) and rounded to their dtype, as under autocast. Above log(100) its gradient is zero.

@@ -111,9 +111,9 @@ class _Fused(Function):
             return (None,) * 10
         if dout is None:
             dout = torch.zeros_like(inputs[2])
-        gradients = call_op("local_attention_backward", dout, dlse, *inputs, out, lse, *ctx.pattern, ctx.scale)
-        has_rpb = inputs[3] is not None
-        return *gradients[:3], gradients[3] if has_rpb else None, *(None,) * 6
+        needs_drpb = ctx.needs_input_grad[3]
+        gradients = call_op("local_attention_backward", dout, dlse, *inputs, out, lse, *ctx.pattern, ctx.scale, needs_drpb)
+        return *gradients[:3], gradients[3] if needs_drpb else None, *(None,) * 6
 
     @staticmethod
     def jvp(ctx, tquery, tkey, tvalue, trpb, *_):
@@ -133,7 +133,9 @@ class _Fused(Function):
 
 
 class _FusedBackward(Function):
-    """(dout, dlse, query, key, value, rpb, out, lse | pattern, scale) -> (dquery, dkey, dvalue, drpb).
+    """(dout, dlse, query, key, value, rpb, out, lse | pattern, scale, needs_drpb) -> (dquery, dkey, dvalue, drpb).
+
+    drpb is empty unless it is needed: a table that does not learn spares its sums.
 
     out and lse are what the forward gave for the other inputs, no variables of their own: the derivatives below are those of
     the gradients as functions of dout, dlse, query, key, value and rpb; out and lse receive none.
@@ -145,7 +147,7 @@ class _FusedBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.pattern, ctx.scale = Pattern(*(tuple(x) for x in inputs[8:13])), inputs[13]
+        ctx.pattern, ctx.scale, ctx.needs_drpb = Pattern(*(tuple(x) for x in inputs[8:13])), *inputs[13:]
         ctx.save_for_backward(*inputs[:6])
         ctx.save_for_forward(*inputs[:6])
         ctx.set_materialize_grads(False)
@@ -165,11 +167,11 @@ class _FusedBackward(Function):
 
     @staticmethod
     def backward(ctx, gquery, gkey, gvalue, grpb):
-        dout, dlse, query, key, value, rpb = ctx.saved_tensors
+        dout, dlse, query, key, value = ctx.saved_tensors[:5]
         pattern, scale = ctx.pattern, ctx.scale
         do, q, k, v, p, dp, bracket = _FusedBackward._weights(ctx)
         gq, gk, gv = _heads_first(p.dtype, gquery, gkey, gvalue)
-        a = _sum(*_score_tangents(q, k, gq, gk, grpb if rpb is not None else None, pattern, scale))  # d L / d dscore
+        a = _sum(*_score_tangents(q, k, gq, gk, grpb if ctx.needs_drpb else None, pattern, scale))  # d L / d dscore
         c = None if gv is None else local_qk(do, gv, None, pattern, 0.0)  # d L / d p through dvalue
         gdlse = gvalue_v = gdout = None
         gp = c
@@ -183,7 +185,7 @@ class _FusedBackward(Function):
         if gv is not None:
             gdout = _sum(gdout, local_av(p, gv, pattern))
         if gp is None:
-            return (None,) * 14
+            return (None,) * 15
         gs = p * (gp - (p * gp).sum(-1, keepdim=True))
         dscore = p * bracket
         gquery_q = scale * local_av(gs, k, pattern)
@@ -198,14 +200,13 @@ class _FusedBackward(Function):
             _heads_last(query.dtype, gquery_q),
             _heads_last(key.dtype, gkey_k),
             _heads_last(value.dtype, gvalue_v),
-            None if rpb is None else local_bias_grad(gs, pattern),
-            *(None,) * 8,
+            local_bias_grad(gs, pattern) if ctx.needs_input_grad[5] else None,
+            *(None,) * 9,
         )
 
     @staticmethod
     def jvp(ctx, tdout, tdlse, tquery, tkey, tvalue, trpb, *_):
-        query, rpb = ctx.saved_tensors[2], ctx.saved_tensors[5]
-        pattern, scale = ctx.pattern, ctx.scale
+        query, pattern, scale = ctx.saved_tensors[2], ctx.pattern, ctx.scale
         do, q, k, v, p, dp, bracket = _FusedBackward._weights(ctx)
         tdo, tq, tk, tv = _heads_first(p.dtype, tdout, tquery, tkey, tvalue)
         dscore = p * bracket
@@ -230,7 +231,7 @@ class _FusedBackward(Function):
             tdk = tdk + scale * local_av_transposed(dscore, tq, pattern)
         if tdo is not None:
             tdv = tdv + local_av_transposed(p, tdo, pattern)
-        tdrpb = tds.new_zeros(0) if rpb is None else local_bias_grad(tds, pattern)
+        tdrpb = local_bias_grad(tds, pattern) if ctx.needs_drpb else tds.new_zeros(0)
         return *(_heads_last(query.dtype, x) for x in (tdq, tdk, tdv)), tdrpb
 
 
@@ -370,8 +371,10 @@ def _fake_forward(query, key, value, rpb, kernel_size, stride, dilation, kind, s
     return query.new_empty(value.shape), query.new_empty(value.shape[:-1], dtype=_wide(query.dtype))
 
 
-def _fake_backward(dout, dlse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, kind, shift, scale):
-    drpb_shape = (0,) if rpb is None else rpb.shape
+def _fake_backward(
+    dout, dlse, query, key, value, rpb, out, lse, kernel_size, stride, dilation, kind, shift, scale, needs_drpb
+):  # fmt: skip
+    drpb_shape = rpb.shape if needs_drpb else (0,)
     gradients = (query.new_empty(x.shape) for x in (query, key, value))
     return *gradients, query.new_empty(drpb_shape, dtype=_wide(query.dtype))
 

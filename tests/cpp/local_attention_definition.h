@@ -149,24 +149,15 @@ class Test {
   }
 
   void fused() {
-    Tensor out(c_, c_.value_dim, layout_), dquery(c_, c_.head_dim, layout_), dkey(c_, c_.head_dim, layout_),
-        dvalue(c_, c_.value_dim, layout_);
-    WideTensor lse(c_, 1, layout_), wide_dkey(c_, c_.head_dim, layout_), wide_dvalue(c_, c_.value_dim, layout_);
-    const bool wide = Backend::local_attention_backward_is_wide(params_);
-    std::vector<typename S::Wide> drpb(c_.rpb ? rpb_.size() : 0, NAN);
+    Tensor out(c_, c_.value_dim, layout_);
+    WideTensor lse(c_, 1, layout_);
     params_.out = out.view;
     params_.lse = lse.view;
-    params_.dquery = dquery.view;
-    params_.dkey = wide ? wide_dkey.view : dkey.view;
-    params_.dvalue = wide ? wide_dvalue.view : dvalue.view;
-    params_.drpb = c_.rpb ? drpb.data() : nullptr;
-    const std::vector<char> forward_memory = make_workspace(Backend::local_attention_forward_workspace(params_));
+    const std::vector<char> memory = make_workspace(Backend::local_attention_forward_workspace(params_));
     succeeds(Backend::local_attention_forward(params_));
-    const std::vector<char> backward_memory = make_workspace(Backend::local_attention_backward_workspace(params_));
-    succeeds(Backend::local_attention_backward(params_));
 
-    Sums wout = sums(c_.value_dim), wlse = sums(1), wdquery = sums(c_.head_dim), wdkey = sums(c_.head_dim),
-         wdvalue = sums(c_.value_dim), wdrpb(rpb_.size(), 0.0);
+    Sums wout = sums(c_.value_dim), wlse = sums(1);
+    Gradients want{sums(c_.head_dim), sums(c_.head_dim), sums(c_.value_dim), Sums(rpb_.size(), 0.0)};
     each_row(c_, [&](int64_t b, int64_t h, const int64_t* q) {
       double total = 0, delta = 0;  // delta = sum of p dp
       each_key(c_, q, [&](const int64_t* k, int64_t, int64_t entry) { total += std::exp(score(b, h, q, k, entry)); });
@@ -174,7 +165,7 @@ class Test {
         const double p = std::exp(score(b, h, q, k, entry)) / total;
         for (int64_t d = 0; d < c_.value_dim; ++d) {
           wout[at(b, h, q, d, c_.value_dim)] += p * value_(b, h, k, d);
-          wdvalue[at(b, h, k, d, c_.value_dim)] += p * dout_(b, h, q, d);
+          want.dvalue[at(b, h, k, d, c_.value_dim)] += p * dout_(b, h, q, d);
           delta += p * dout_(b, h, q, d) * value_(b, h, k, d);
         }
       });
@@ -184,18 +175,16 @@ class Test {
         for (int64_t d = 0; d < c_.value_dim; ++d) dp += dout_(b, h, q, d) * value_(b, h, k, d);
         const double ds = std::exp(score(b, h, q, k, entry)) / total * dp;
         for (int64_t d = 0; d < c_.head_dim; ++d) {
-          wdquery[at(b, h, q, d, c_.head_dim)] += params_.scale * ds * key_(b, h, k, d);
-          wdkey[at(b, h, k, d, c_.head_dim)] += params_.scale * ds * query_(b, h, q, d);
+          want.dquery[at(b, h, q, d, c_.head_dim)] += params_.scale * ds * key_(b, h, k, d);
+          want.dkey[at(b, h, k, d, c_.head_dim)] += params_.scale * ds * query_(b, h, q, d);
         }
-        wdrpb[h * table_ + entry] += ds;
+        want.drpb[h * table_ + entry] += ds;
       });
     });
     compare("out", out, wout);
     compare("lse", lse, wlse);
-    compare("dquery", dquery, wdquery);
-    wide ? compare("dkey", wide_dkey, wdkey) : compare("dkey", dkey, wdkey);
-    wide ? compare("dvalue", wide_dvalue, wdvalue) : compare("dvalue", dvalue, wdvalue);
-    if (c_.rpb) compare_table("drpb", drpb, wdrpb, Backend::kReadsOut ? S::kEpsilon : Storage<kWide>::kEpsilon);
+    backward(want, c_.rpb);
+    if (c_.rpb && layout_ == Layout::kHeadsFirst) backward(want, false);
   }
 
   void unfused() {
@@ -236,6 +225,28 @@ class Test {
   }
 
  private:
+  struct Gradients {
+    Sums dquery, dkey, dvalue, drpb;
+  };
+
+  // The fused backward, after the forward; of the table, too, where it learns.
+  void backward(const Gradients& want, bool learns) {
+    Tensor dquery(c_, c_.head_dim, layout_), dkey(c_, c_.head_dim, layout_), dvalue(c_, c_.value_dim, layout_);
+    WideTensor wide_dkey(c_, c_.head_dim, layout_), wide_dvalue(c_, c_.value_dim, layout_);
+    const bool wide = Backend::local_attention_backward_is_wide(params_);
+    std::vector<typename S::Wide> drpb(learns ? rpb_.size() : 0, NAN);
+    params_.dquery = dquery.view;
+    params_.dkey = wide ? wide_dkey.view : dkey.view;
+    params_.dvalue = wide ? wide_dvalue.view : dvalue.view;
+    params_.drpb = learns ? drpb.data() : nullptr;
+    const std::vector<char> memory = make_workspace(Backend::local_attention_backward_workspace(params_));
+    succeeds(Backend::local_attention_backward(params_));
+    compare("dquery", dquery, want.dquery);
+    wide ? compare("dkey", wide_dkey, want.dkey) : compare("dkey", dkey, want.dkey);
+    wide ? compare("dvalue", wide_dvalue, want.dvalue) : compare("dvalue", dvalue, want.dvalue);
+    if (learns) compare_table("drpb", drpb, want.drpb, Backend::kReadsOut ? S::kEpsilon : Storage<kWide>::kEpsilon);
+  }
+
   Sums sums(int64_t channels) const { return Sums(c_.batch * c_.heads * positions_ * channels, 0.0); }
 
   int64_t at(int64_t b, int64_t h, const int64_t* p, int64_t channel, int64_t channels) const {
