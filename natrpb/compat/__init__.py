@@ -1,6 +1,6 @@
 """Drop-ins for other libraries."""
 
-from . import irpe
+from . import irpe, natten
 from .patch import patch
 
-__all__ = ["irpe", "patch"]
+__all__ = ["irpe", "natten", "patch"]

@@ -1,11 +1,11 @@
-"""Swaps the windowed attention of other libraries' Swin models for this library's, in place.
+"""Swaps the local attention of other libraries' Swin and DiNAT models for this library's, in place.
 
 Parameters, buffers, hooks and state-dict keys stay; only the code between the qkv projection and the output projection
 changes, so outputs and gradients stay the same. Known are, by their classes:
 
     timm                swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block
     torchvision         ShiftedWindowAttention, ShiftedWindowAttentionV2
-    transformers >= 5   SwinLayer, Swinv2Layer
+    transformers >= 5   SwinLayer, Swinv2Layer; NeighborhoodAttention of DiNAT
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import window_attention
+from ..functional import na2d, na2d_av, na2d_qk, window_attention
 from ..functional.window import crop_from_windows, fit_shift, pad_to_windows
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,8 +27,12 @@ def patch(model: Model) -> Model:
     """Makes a timm, torchvision or Hugging Face Swin (v1 or v2) run on `natrpb.window_attention`, in place.
 
     Maps that the windows do not divide are padded by the library's own rule. Modules change their class to a subclass of
-    it: deep copies and state dicts work, pickling the whole model does not. Patched Hugging Face layers return None for the
-    attention weights, which never exist. Patching twice changes nothing.
+    it: deep copies and state dicts work, pickling the whole model does not. Patched Hugging Face Swin layers return None for
+    the attention weights, which never exist. Patching twice changes nothing.
+
+    Hugging Face's DiNAT runs on `natrpb.na2d`, or with `output_attentions` on the unfused ops. transformers builds it only
+    where it finds NATTEN, so `natrpb.compat.natten.install()` comes first. That alone is not enough: releases since 4.57
+    permute queries, keys and values wrongly.
 
     Args:
         model: a model, or any module that contains one.
@@ -46,7 +50,9 @@ def patch(model: Model) -> Model:
             module.__class__ = patched
         found = found or isinstance(module, _Patched)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no Swin block of timm, torchvision or transformers >= 5")
+        raise ValueError(
+            f"{type(model).__name__} has no Swin block of timm, torchvision or transformers >= 5, and no DiNAT of the last"
+        )
     return model
 
 
@@ -181,6 +187,21 @@ class _HuggingFaceLayerV2(_Patched):
         return (hidden_states, None) if output_attentions else (hidden_states,)
 
 
+class _HuggingFaceNeighborhood(_Patched):
+    def forward(self, hidden_states: Tensor, output_attentions: bool | None = False):
+        heads, pattern = self.num_attention_heads, {"kernel_size": self.kernel_size, "dilation": self.dilation}
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (heads, -1)) for project in (self.query, self.key, self.value)
+        )
+        if not output_attentions:
+            dropout_p = self.dropout.p if self.training else 0.0
+            return (na2d(query, key, value, **pattern, rpb=self.rpb, dropout_p=dropout_p).flatten(-2),)
+        query, key, value = (x.movedim(-2, 1) for x in (query, key, value))
+        scores = na2d_qk(query * self.attention_head_size**-0.5, key, **pattern, rpb=self.rpb)
+        weights = self.dropout(scores.softmax(-1))
+        return na2d_av(weights, value, **pattern).movedim(1, -2).flatten(-2), weights
+
+
 _REPLACEMENTS: dict[str, type] = {
     "timm.models.swin_transformer.SwinTransformerBlock": _TimmBlock,
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": _TimmBlockV2,
@@ -188,4 +209,5 @@ _REPLACEMENTS: dict[str, type] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": _TorchvisionAttentionV2,
     "transformers.models.swin.modeling_swin.SwinLayer": _HuggingFaceLayer,
     "transformers.models.swinv2.modeling_swinv2.Swinv2Layer": _HuggingFaceLayerV2,
+    "transformers.models.dinat.modeling_dinat.NeighborhoodAttention": _HuggingFaceNeighborhood,
 }

@@ -1,0 +1,285 @@
+"""The drop-in for NATTEN: its names in all versions, and Hugging Face's DiNAT, which stands on them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import natrpb
+from natrpb import reference
+from natrpb.compat import natten
+from natrpb.patterns import neighborhood_pattern
+
+from .support import close
+
+SPATIAL = {1: (13,), 2: (9, 11), 3: (6, 7, 8)}
+EACH_NDIM = pytest.mark.parametrize("ndim", [1, 2, 3])
+
+
+@pytest.fixture
+def imported():
+    """Installs a version and returns what `import natten` then finds."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "natten"}
+
+    def install(*version: str):
+        natten.install(*version)
+        import natten as package
+
+        return package
+
+    yield install
+    for name in [name for name in sys.modules if name.split(".")[0] == "natten"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def heads_first(ndim: int, count: int = 3) -> list[torch.Tensor]:
+    return [torch.randn(2, 4, *SPATIAL[ndim], 6, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+
+
+def table(ndim: int, kernel_size: int = 3) -> torch.Tensor:
+    return torch.randn(4, *[2 * kernel_size - 1] * ndim, dtype=torch.float64, requires_grad=True)
+
+
+def plain_scores(ndim: int, query, key, rpb, kernel_size, dilation):
+    return reference.local_qk(query, key, rpb, neighborhood_pattern(ndim, kernel_size, 1, dilation, False))
+
+
+def plain_sums(ndim: int, attn, value, kernel_size, dilation):
+    return reference.local_av(attn, value, neighborhood_pattern(ndim, kernel_size, 1, dilation, False))
+
+
+# ---- unfused ----
+
+
+@EACH_NDIM
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_unfused_ops_of_every_version(ndim, dilation):
+    query, key, value = heads_first(ndim)
+    rpb = table(ndim)
+    scores = plain_scores(ndim, query, key, rpb, 3, dilation)
+    sizes = (3, 3, dilation, dilation) if ndim == 3 else (3, dilation)
+    close(getattr(natten, f"natten{ndim}dqkrpb")(query, key, rpb, *sizes), scores)
+    close(getattr(natten, f"na{ndim}d_qk_with_bias")(query, key, rpb, *sizes), scores)
+    close(getattr(natten, f"na{ndim}d_qk")(query, key, 3, dilation, rpb=rpb), scores)
+    close(getattr(natten, f"natten{ndim}dqk")(query, key, *sizes), plain_scores(ndim, query, key, None, 3, dilation))
+    weights = scores.softmax(-1)
+    sums = plain_sums(ndim, weights, value, 3, dilation)
+    close(getattr(natten, f"natten{ndim}dav")(weights, value, *sizes), sums)
+    close(getattr(natten, f"na{ndim}d_av")(weights, value, 3, dilation), sums)
+    if ndim < 3:  # as up to 0.14.4
+        close(getattr(natten, f"natten{ndim}dqkrpb")(query, key, rpb, dilation), scores)
+        close(getattr(natten, f"natten{ndim}dav")(weights, value, dilation), sums)
+
+
+def test_the_first_of_three_axes_has_sizes_of_its_own():
+    query, key, value = heads_first(3)
+    rpb = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    scores = plain_scores(3, query, key, rpb, (2, 3, 3), (3, 2, 2))
+    close(natten.natten3dqkrpb(query, key, rpb, 2, 3, 3, 2), scores)
+    close(natten.natten3dav(scores, value, 2, 3, 3, 2), plain_sums(3, scores, value, (2, 3, 3), (3, 2, 2)))
+
+
+def test_volumes_of_0_15(imported):
+    query, key, value = heads_first(3)
+    extra = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    package = imported("0.15.1").functional
+    ours = package.na3d_qk(query, key, 2, 3, 3, 2, additional_keys=extra)
+    close(ours, natten.na3d_qk(query, key, (2, 3, 3), (3, 2, 2), extra))
+    sums = natten.na3d_av(ours, value, (2, 3, 3), (3, 2, 2), extra)
+    close(package.na3d_av(ours, value, 2, 3, 3, 2, additional_values=extra), sums)
+
+
+@EACH_NDIM
+def test_additional_keys_follow_the_neighborhood(ndim):
+    """Unfused and fused are one attention over the neighborhood's keys and the additional ones."""
+    query, key, value = heads_first(ndim)
+    extra_key, extra_value = torch.randn(2, 2, 4, 5, 6, dtype=torch.float64)
+    rpb = table(ndim)
+    scores = getattr(natten, f"na{ndim}d_qk")(query, key, 3, additional_keys=extra_key, rpb=rpb)
+    slots = 3**ndim
+    assert scores.shape[-1] == slots + 5
+    close(scores[..., :slots], plain_scores(ndim, query, key, rpb, 3, 1))
+    close(scores[..., slots:].flatten(2, -2), query.flatten(2, -2) @ extra_key.mT)
+    out = getattr(natten, f"na{ndim}d_av")(scores.softmax(-1), value, 3, additional_values=extra_value)
+    last = [x.movedim(1, -2) for x in (query, key, value)]
+    fused = getattr(natten, f"na{ndim}d")(
+        *last, 3, rpb=rpb, scale=1.0, additional_keys=extra_key.movedim(1, 2), additional_values=extra_value.movedim(1, 2)
+    )
+    close(out.movedim(1, -2), fused)
+
+
+def test_gradients_of_the_oldest_names():
+    query, key, value = heads_first(2)
+    rpb = table(2)
+
+    def attend(scores, sums):
+        return sums(scores(query, key, rpb, 3, 2).softmax(-1), value, 3, 2).sin().sum()
+
+    ours = attend(natten.natten2dqkrpb, natten.natten2dav)
+    exact = attend(lambda *args: plain_scores(2, *args), lambda *args: plain_sums(2, *args))
+    for one, other in zip(*(torch.autograd.grad(result, (query, key, value, rpb)) for result in (ours, exact))):
+        close(one, other)
+
+
+# ---- fused ----
+
+
+@EACH_NDIM
+def test_order_of_arguments_follows_the_version(ndim, imported):
+    query, key, value = (x.movedim(1, -2) for x in heads_first(ndim))
+    rpb, attend = table(ndim), getattr(natrpb, f"na{ndim}d")
+    older = getattr(imported("0.17.5").functional, f"na{ndim}d")
+    close(older(query, key, value, 3, 2, False, rpb, 0.5), attend(query, key, value, 3, dilation=2, rpb=rpb, scale=0.5))
+    newer = getattr(imported("0.21.0"), f"na{ndim}d")
+    expected = attend(query, key, value, 3, stride=2, dilation=1, is_causal=True, scale=0.5)
+    close(newer(query, key, value, 3, 2, 1, True, 0.5, backend="cutlass-fna", q_tile_shape=(8,)), expected)
+    close(newer(query, key, value, 3, 2, rpb=rpb), attend(query, key, value, 3, stride=2, rpb=rpb))  # an extension
+    generic = sys.modules["natten.functional"].neighborhood_attention_generic
+    close(generic(query, key, value, 3, 2, 1, True, 0.5), expected)
+    with pytest.raises(TypeError, match=rf"na{ndim}d\(\) got an unexpected keyword argument 'tile'"):
+        newer(query, key, value, 3, tile=3)
+
+
+def test_generic_attention_refuses_other_ranks():
+    with pytest.raises(ValueError, match=r"query must have shape \[B, 1 to 3 spatial axes, heads, D\], got \[3, 4, 5\]"):
+        natten.neighborhood_attention_generic(*torch.randn(3, 3, 4, 5), 3)
+
+
+def test_merging_attentions():
+    query, key, value = torch.randn(3, 2, 12, 4, 6, dtype=torch.float64)
+    parts = [
+        natrpb.na1d(query, x, y, 12, scale=1.0, return_lse=True) for x, y in ((key, value), (key * 2, value + 1), (value, key))
+    ]
+    out, lse = natten.merge_attentions([out for out, _ in parts], [lse for _, lse in parts])
+    keys, values = torch.cat([key, key * 2, value], 1), torch.cat([value, value + 1, key], 1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, keys)
+    close(lse, scores.logsumexp(-1).movedim(1, -1))
+    close(out, torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values))
+    for wrong in (([out], [lse]), ([out, out], [lse])):
+        with pytest.raises(ValueError, match="outputs and lse_tensors must be lists of one length"):
+            natten.merge_attentions(*wrong)
+
+
+# ---- modules ----
+
+
+@EACH_NDIM
+def test_modules_of_every_version(ndim, imported):
+    name = f"NeighborhoodAttention{ndim}D"
+    ours = getattr(natrpb, name)
+    x = torch.randn(2, *SPATIAL[ndim], 16)
+
+    def same(version: str, args, options: dict):
+        made, expected = getattr(imported(version), name)(*args), ours(16, **options)
+        assert isinstance(made, ours) and made.state_dict().keys() == expected.state_dict().keys()
+        expected.load_state_dict(made.state_dict())
+        close(made(x), expected(x))
+        small = torch.randn(2, *[2] * ndim, 16)
+        if options.get("pad_small_inputs"):
+            close(made(small), expected(small))
+        else:
+            with pytest.raises(ValueError, match="kernel_size"):
+                made(small)
+
+    biased = dict(num_heads=4, kernel_size=3, rel_pos_bias=True, pad_small_inputs=True)
+    same("0.14.2", (16, 3, 4, False, 0.5), biased | dict(qkv_bias=False, qk_scale=0.5))
+    same("0.14.2", (16, 3, 4, True, None, 0.0, 0.0, 2), biased | dict(dilation=2))
+    steps = (None, 2, None) if ndim == 3 else (2,)  # kernel_size_d, dilation, dilation_d
+    same("0.14.6", (16, 4, 3, *steps, True, False), biased | dict(dilation=2, qkv_bias=False))
+    same("0.15.1", (16, 4, 3, *steps, False), biased | dict(dilation=2, rel_pos_bias=False))
+    if ndim == 3:
+        sizes = dict(kernel_size=(2, 3, 3), dilation=(1, 2, 2))
+        same("0.15.1", (16, 4, 3, 2, 2, 1), biased | sizes)
+    same("0.17.5", (16, 4, 3, 2, False, True), dict(num_heads=4, kernel_size=3, dilation=2, rel_pos_bias=True))
+    same("0.17.5", (16, 4, 3, 2, True), dict(num_heads=4, kernel_size=3, dilation=2, is_causal=True))
+    same("0.21.6", (16, 4, 3, 2, 2, True), dict(num_heads=4, kernel_size=3, stride=2, dilation=2, is_causal=True))
+
+
+def test_modules_are_pickled():
+    module = natten.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+    close(pickle.loads(pickle.dumps(module)).rpb, module.rpb)
+
+
+# ---- versions ----
+
+
+def test_installed_modules(imported):
+    package = imported()
+    assert package.__version__ == natten.DEFAULT_VERSION
+    functions = importlib.import_module("natten.functional")
+    assert package.functional is functions
+    assert functions.na2d is natten.na2d and functions.natten2dav is natten.natten2dav
+    assert package.NeighborhoodAttention2D is natten.NeighborhoodAttention2D
+    assert package.HAS_LIBNATTEN and package.has_bfloat() and package.is_fused_na_enabled()
+    assert package.has_cuda() == ("cuda" in natrpb.info()["devices"])
+    package.use_fused_na(True, kv_parallel=False)
+    package.set_memory_usage_preference("unrestricted")
+    public = {name for name in vars(package) if not name.startswith("_")}
+    assert not public & {"install", "torch", "Tensor", "functools", "Callable"}
+    assert hasattr(package, "context") and not hasattr(imported("0.15.1"), "context")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("natten.context")  # of the version installed before
+    assert imported("0.21.0").__version__ == "0.21.0"
+
+
+@pytest.mark.parametrize("version", ["0.13.0", "0.22.0", "0.17", "1.0.0", "newest", ""])
+def test_refuses_what_is_no_version(version, imported):
+    with pytest.raises(ValueError, match=r"version must be one of NATTEN's from 0\.14\.0 to 0\.21"):
+        imported(version)
+    assert "natten" not in sys.modules or sys.modules["natten"].__file__ is not None
+
+
+def test_signatures_name_the_arguments():
+    assert list(inspect.signature(natten.na2d).parameters)[3:7] == ["kernel_size", "dilation", "is_causal", "rpb"]
+    assert natten.na2d.__name__ == "na2d" and "natrpb.na2d" in natten.na2d.__doc__
+
+
+# ---- Hugging Face ----
+
+SCRIPT = """
+from tests.torchvision_operators import define_torchvision_operators
+import natrpb, torch
+define_torchvision_operators()
+natrpb.compat.natten.install()
+import transformers
+
+torch.manual_seed(0)
+sizes = dict(embed_dim=16, depths=[2, 1, 2, 1], num_heads=[1, 2, 4, 4], kernel_size=3, mlp_ratio=2.0)
+dilations = [[1, 3], [2], [1, 2], [1]]
+config = transformers.DinatConfig(
+    **sizes, dilations=dilations, num_labels=5, layer_scale_init_value=0.5, drop_path_rate=0.0
+)
+model = transformers.DinatForImageClassification(config).double().eval()
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.2)
+assert natrpb.compat.patch(model) is model
+
+ours = natrpb.create_model("dinat_mini", **sizes, dilations=dilations, num_classes=5, layer_scale=0.5).double().eval()
+ours.load_state_dict(natrpb.convert.to_official(model.state_dict()))
+images = torch.randn(2, 3, 40, 56, dtype=torch.float64)  # the last map is 2 x 2, smaller than the kernel
+result = model(images, output_attentions=True)
+torch.testing.assert_close(result.logits, ours(images), atol=1e-9, rtol=1e-9)
+torch.testing.assert_close(model(images).logits, result.logits, atol=1e-9, rtol=1e-9)
+assert result.attentions[0].shape[-1] == 9, [x.shape for x in result.attentions]
+
+model(images).logits.square().sum().backward()
+ours(images).square().sum().backward()
+expected = natrpb.convert.to_huggingface({name: x.grad for name, x in ours.named_parameters()})
+for name, x in model.named_parameters():
+    torch.testing.assert_close(x.grad, expected[name], atol=1e-7, rtol=1e-7)
+print("equal")
+"""
+
+
+def test_dinat_of_hugging_face_runs_and_trains():
+    pytest.importorskip("transformers", exc_type=ImportError)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout.strip().endswith("equal"), done.stderr
