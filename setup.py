@@ -203,6 +203,9 @@ def compiled() -> dict:
             remove_outdated(Path(self.build_temp))
             super().build_extension(ext)
 
+        def swig_sources(self, sources, ext):  # the one hook between sorting the sources by name and compiling them
+            return sorted(super().swig_sources(sources, ext), key=ext.sources.index)
+
         def run(self):
             super().run()
             if not cuda.home and (self.inplace or self.editable_mode):
