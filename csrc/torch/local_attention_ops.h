@@ -44,9 +44,9 @@ struct LocalAttentionOps {
     p.out = take(backend, call, "out", out, p.value_dim);
     p.lse = take_per_query(backend, call, "lse", lse);
     if (dlse) p.dlse = take_per_query(backend, call, "dlse", *dlse);
+    STD_TORCH_CHECK(rpb || !needs_drpb, "needs_drpb must be false without rpb, got true");
     const std::optional<Tensor> table = take_rpb(backend, call, rpb);
     Tensor dquery = new_tensor(query, call.sizes(p.head_dim), query.scalar_type());
-    STD_TORCH_CHECK(rpb || !needs_drpb, "needs_drpb must be false without rpb, got true");
     const ScalarType sums = backend.local_attention_backward_is_wide(p) ? ScalarType::Float : query.scalar_type();
     Tensor dkey = new_tensor(query, call.sizes(p.head_dim), sums);
     Tensor dvalue = new_tensor(query, call.sizes(p.value_dim), sums);

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import _ext, functional, modules
+from ..functional._checks import check_tensor
 
 DEFAULT_VERSION = "0.17.5"
 
@@ -75,8 +76,9 @@ def _named(made, like):
 
 def neighborhood_attention_generic(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
     """`na1d`, `na2d` or `na3d` of 0.20, by the number of query's axes."""
-    if not 4 <= query.dim() <= 6:
-        raise ValueError(f"query must have shape [B, 1 to 3 spatial axes, heads, D], got {list(query.shape)}")
+    if not isinstance(query, Tensor) or not 4 <= query.dim() <= 6:
+        got = list(query.shape) if isinstance(query, Tensor) else type(query).__name__
+        raise ValueError(f"query must have shape [B, 1 to 3 spatial axes, heads, D], got {got}")
     return _op_of_0_20(_OPS[query.dim() - 4])(query, key, value, *args, **kwargs)
 
 
@@ -93,12 +95,16 @@ def merge_attentions(
         out in the outputs' dtype and lse.
 
     Raises:
-        ValueError: fewer than two parts, or not one lse for every output.
+        ValueError: fewer than two parts, not one lse for every output, or shapes that do not fit each other.
     """
     if len(outputs) != len(lse_tensors) or len(outputs) < 2:
         raise ValueError(
             f"outputs and lse_tensors must be lists of one length, at least 2, got {len(outputs)} and {len(lse_tensors)}"
         )
+    for name, given, shape in (("outputs", outputs, outputs[0].shape), ("lse_tensors", lse_tensors, outputs[0].shape[:-1])):
+        for i, x in enumerate(given):
+            if x.shape != shape:
+                raise ValueError(f"{name}[{i}] must have shape {list(shape)}, got {list(x.shape)}")
     shares = torch.stack(list(lse_tensors))
     out = (torch.stack(list(outputs)) * shares.softmax(0)[..., None]).sum(0)
     return out.to(outputs[0].dtype), shares.logsumexp(0)
@@ -112,12 +118,21 @@ def _scores(op: Callable, query, key, kernel_size, dilation, additional_keys, is
     scores = op(query, key, kernel_size, dilation, is_causal, rpb)
     if additional_keys is None:
         return scores
+    _check_additional("additional_keys", additional_keys, query)
     return torch.cat([scores, torch.einsum("bh...d,bhtd->bh...t", query, additional_keys.to(query.dtype))], dim=-1)
+
+
+def _check_additional(name: str, given, like: Tensor) -> None:
+    check_tensor(name, given, 4, "[B, heads, T, D]")
+    batch, heads, head_dim = like.shape[0], like.shape[1], like.shape[-1]
+    if given.shape[:2] != (batch, heads) or given.shape[-1] != head_dim:
+        raise ValueError(f"{name} must have shape [{batch}, {heads}, T, {head_dim}], got {list(given.shape)}")
 
 
 def _sums(op: Callable, attn, value, kernel_size, dilation, additional_values, is_causal) -> Tensor:
     if additional_values is None:
         return op(attn, value, kernel_size, dilation, is_causal)
+    _check_additional("additional_values", additional_values, value)
     slots = attn.shape[-1] - additional_values.shape[2]
     extra = torch.einsum("bh...t,bhtd->bh...d", attn[..., slots:].to(value.dtype), additional_values.to(value.dtype))
     return op(attn[..., :slots], value, kernel_size, dilation, is_causal) + extra
@@ -169,10 +184,18 @@ def na3d_qk_with_bias(query, key, bias, kernel_size_d, kernel_size, dilation_d, 
     return na3d_qk(query, key, sizes, steps, additional_keys, rpb=bias)
 
 
+def _sizes(rpb, kernel_size, dilation) -> tuple:
+    """kernel_size and dilation; with one of them alone, which up to 0.14.4 was the dilation, K from rpb's size."""
+    if dilation is not None:
+        return kernel_size, dilation
+    if not isinstance(rpb, Tensor):
+        raise TypeError(f"rpb must be a tensor where the kernel size is not given, got {type(rpb).__name__}")
+    return (rpb.shape[-1] + 1) // 2, kernel_size
+
+
 def natten1dqkrpb(query, key, rpb, kernel_size, dilation=None) -> Tensor:
     """See `natten2dqkrpb`."""
-    if dilation is None:
-        kernel_size, dilation = (rpb.shape[-1] + 1) // 2, kernel_size
+    kernel_size, dilation = _sizes(rpb, kernel_size, dilation)
     return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
@@ -181,8 +204,7 @@ def natten2dqkrpb(query, key, rpb, kernel_size, dilation=None) -> Tensor:
 
     With a fourth argument alone, which up to 0.14.4 was the dilation, rpb's size says what K is.
     """
-    if dilation is None:
-        kernel_size, dilation = (rpb.shape[-1] + 1) // 2, kernel_size
+    kernel_size, dilation = _sizes(rpb, kernel_size, dilation)
     return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
@@ -233,24 +255,7 @@ def natten3dav(attn, value, kernel_size_d, kernel_size, dilation_d, dilation, ad
 
 
 @functools.cache
-def _module_of_0_14_0(base: type) -> type:
-    class Module(base):
-        def __init__(
-            self, dim, kernel_size, num_heads, qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0, dilation=None
-        ) -> None:  # fmt: skip
-            super().__init__(
-                dim, num_heads, kernel_size, dilation=dilation or 1, rel_pos_bias=True, qkv_bias=qkv_bias,
-                qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop, pad_small_inputs=True,
-            )  # fmt: skip
-
-    return _named(Module, base)
-
-
-@functools.cache
 def _module_of_0_14_5(base: type) -> type:
-    if base.ndim == 3:
-        return _volume_module_of_0_15(base)
-
     class Module(base):
         def __init__(
             self, dim, num_heads, kernel_size, dilation=1, bias=True, qkv_bias=True, qk_scale=None, attn_drop=0.0,
@@ -264,18 +269,27 @@ def _module_of_0_14_5(base: type) -> type:
     return _named(Module, base)
 
 
+@functools.cache
+def _module_of_0_14_0(base: type) -> type:
+    class Module(_module_of_0_14_5(base)):
+        def __init__(
+            self, dim, kernel_size, num_heads, qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0, dilation=None
+        ) -> None:  # fmt: skip
+            super().__init__(dim, num_heads, kernel_size, dilation, True, qkv_bias, qk_scale, attn_drop, proj_drop)
+
+    return _named(Module, base)
+
+
+@functools.cache
 def _volume_module_of_0_15(base: type) -> type:
-    class Module(base):
+    class Module(_module_of_0_14_5(base)):
         def __init__(
             self, dim, num_heads, kernel_size, kernel_size_d=None, dilation=1, dilation_d=None, bias=True, qkv_bias=True,
             qk_scale=None, attn_drop=0.0, proj_drop=0.0,
         ) -> None:  # fmt: skip
-            dilation = dilation or 1
-            super().__init__(
-                dim, num_heads, (kernel_size_d or kernel_size, kernel_size, kernel_size),
-                dilation=(dilation_d or dilation, dilation, dilation), rel_pos_bias=bias, qkv_bias=qkv_bias,
-                qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop, pad_small_inputs=True,
-            )  # fmt: skip
+            sizes = (kernel_size_d or kernel_size, kernel_size, kernel_size)
+            steps = (dilation_d or dilation or 1, dilation or 1, dilation or 1)
+            super().__init__(dim, num_heads, sizes, steps, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
 
     return _named(Module, base)
 
@@ -340,9 +354,13 @@ def has_cuda() -> bool:
 
 # ---- versions ----
 
-# From which version on: how ops and modules take their arguments, unfused ops of other arguments, submodules.
+# From which version on: how ops and modules take their arguments, what takes others on three axes (0.15 and 0.16), submodules.
 # NB: by `context` the official NAT code tells that it has 0.17 or a later one.
-_IN_VOLUMES = {"na3d_qk": natten3dqk, "na3d_av": natten3dav}
+_IN_VOLUMES = {
+    "na3d_qk": natten3dqk,
+    "na3d_av": natten3dav,
+    "NeighborhoodAttention3D": _volume_module_of_0_15(modules.NeighborhoodAttention3D),
+}
 _EPOCHS = (
     ((0, 14, 0), _op_of_0_17, _module_of_0_14_0, _IN_VOLUMES, ("functional",)),
     ((0, 14, 5), _op_of_0_17, _module_of_0_14_5, _IN_VOLUMES, ("functional",)),
@@ -356,7 +374,7 @@ NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D = map(
 
 def _surface(version: str) -> tuple[dict[str, object], tuple[str, ...]]:
     """All public names as `version` has them, and its submodules."""
-    parts = version.split(".")
+    parts = str(version).split(".")
     release = tuple(map(int, parts)) if len(parts) == 3 and all(part.isdigit() for part in parts) else ()
     if not (0, 14, 0) <= release < (0, 22, 0):
         raise ValueError(f"version must be one of NATTEN's from 0.14.0 to 0.21, as in {DEFAULT_VERSION!r}, got {version!r}")
