@@ -88,8 +88,8 @@ arm-check: $(STAMPS)/test
 	$(VENV)/bin/ctest --test-dir build/cmake-aarch64 --output-on-failure -j 2
 
 # The ops on the emulated CUDA kernels.
-EMULATED_TESTS := local_attention local_attention_gradients unfused window determinism fuzz binding l2_normalize \
-                  irpe_ops irpe_ops_torch irpe_functional irpe_relative
+EMULATED_TESTS := local_attention local_attention_gradients qkvpacked unfused window determinism fuzz binding \
+                  l2_normalize irpe_ops irpe_ops_torch irpe_functional irpe_relative
 EMULATED_PYTEST := $(PY) -m pytest -n 2 --emulator build/cmake/_C_emulator.so $(EMULATED_TESTS:%=tests/test_%.py)
 
 emulator-test: build $(STAMPS)/test $(TOOLKIT_STAMP)

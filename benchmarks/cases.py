@@ -13,7 +13,14 @@ from tests.cases import NAT_STAGES, Case
 from .harness import Problem, Workload
 from .irpe import irpe_workloads
 from .models import model_workloads
-from .problems import block_problem, cosine_problem, neighborhood_problem, unfused_problem, window_problem
+from .problems import (
+    block_problem,
+    cosine_problem,
+    neighborhood_problem,
+    projected_problem,
+    unfused_problem,
+    window_problem,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRST_STAGE = NAT_STAGES[0]  # [1, 56, 56, 2, 32], K = 7
@@ -85,7 +92,6 @@ def all_workloads() -> list[Workload]:
         *neighborhoods(two, STAGES[3:], EAGER, EAGER),
         *neighborhoods(two, [FAR], (*FEW, "FlexAttention"), ONE),
         *neighborhoods(two, STAGES[:2], ("in fp32", *FEW), ("in fp32",), dtype="bf16"),
-        *neighborhoods(two, STAGES[:1], (), (), what="qkv slices: ", packed=True),
         *neighborhoods("One axis", LENGTHS, FEW, ONE),
         *neighborhoods("Three axes", VOLUMES, FEW, ONE),
         *neighborhoods("Dilated", DILATED, FEW, ONE),
@@ -98,6 +104,11 @@ def all_workloads() -> list[Workload]:
         ],
         *[workload(window, case, window_problem, train) for case in WINDOWS for train in (False, True)],
         *[workload(window, case, window_problem, train, dtype="bf16") for case in WINDOWS for train in (False, True)],
+        *[
+            workload("Training from one projection", case, projected_problem, True, dtype, what="qkvpacked ")
+            for case in (*STAGES[:2], *WINDOWS)
+            for dtype in ("fp32", "bf16")
+        ],
         *[
             workload("Windows with cosine scores", COSINE, cosine_problem, train, dtype, what="cosine ")
             for dtype in ("fp32", "bf16")

@@ -140,6 +140,11 @@ def window(case: Case, dtype: torch.dtype, mode: str, compiled: bool = True) -> 
     return attention(case, dtype, mode, contenders)
 
 
+def projected(case: Case, dtype: torch.dtype, mode: str) -> Problem:
+    """From what a projection leaves to its gradient: packed, and from three slices, whose gradients autograd stacks."""
+    return attention(case, dtype, mode, lambda train: windows.projected_contenders(case, dtype)[:2])
+
+
 def launches(case: Case, dtype: torch.dtype, mode: str) -> Problem:
     """One image, eager and as a captured CUDA graph, launch after launch."""
     return attention(case, dtype, mode, lambda train: [ours(case), ours(case, GRAPH, wrap=Captured)], exposed=True)
@@ -273,6 +278,10 @@ def all_workloads() -> list[Workload]:
             entry(large, window, case, mode, compiled=mode == FORWARD, goals=goal)
             for case in LARGE_WINDOWS
             for mode, goal in GOALS_BESIDE_SDPA
+        ],
+        *[
+            entry("Backward to one projection", projected, case, BACKWARD, what="qkvpacked ")
+            for case in (NA_STAGES[0], SWIN_STAGES[0])
         ],
         *[model_entry(image, name, goal) for name, goal in (("nat_tiny", 2 * 2772.0), ("dinat_tiny", 2 * 2909.0))],
         model_entry(image, "swin_tiny_patch4_window7_224"),

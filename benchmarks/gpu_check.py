@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FAMILIES = (
     "local_attention",
     "local_attention_gradients",
+    "qkvpacked",
     "unfused",
     "window",
     "determinism",

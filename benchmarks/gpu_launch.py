@@ -35,6 +35,9 @@ def run_small(case: Case, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype, requires_grad=True)
     out, lse = ops.local_attention(*inputs)
     torch.autograd.grad((out, lse), inputs.tensors(), (torch.randn_like(out), torch.randn_like(lse)))
+    if case.value_dim is None:
+        qkv = torch.stack([x.detach() for x in inputs[:3]], -3).requires_grad_()
+        ops.local_attention_qkvpacked(qkv, *inputs[3:])[0].sum().backward()
     query, key, value = (x.detach().movedim(-2, 1) for x in inputs[:3])
     weights = ops.local_qk(query, key, inputs.rpb, inputs.pattern).detach().softmax(-1)
     ops.local_av(weights, value, inputs.pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from unittest import mock
@@ -28,10 +29,17 @@ def plain_local_attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor
     return gathered_attention(query, key, value, rpb, pattern, scale).movedim(1, -2), None
 
 
+def replaced_op(attend: Callable[..., tuple]) -> contextlib.AbstractContextManager:
+    """Has `attend` called in place of `natrpb.ops.local_attention`, and of the packed op with qkv's slices."""
+    return mock.patch.multiple(
+        natrpb.ops, local_attention=attend, local_attention_qkvpacked=lambda qkv, *rest: attend(*qkv.unbind(-3), *rest)
+    )
+
+
 def with_plain_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def run(**tensors: Tensor) -> Tensor:
-        with mock.patch.object(natrpb.ops, "local_attention", plain_local_attention):
+        with replaced_op(plain_local_attention):
             return function(**tensors)
 
     return run
@@ -93,7 +101,7 @@ def attention_flops(model: torch.nn.Module, side: int, batch: int, train: bool) 
         sizes.append((useful_flops(pairs, head_dim, train), attention_bytes(query.numel(), query.element_size(), train)))
         return value, None
 
-    with mock.patch.object(natrpb.ops, "local_attention", record), torch.no_grad():
+    with replaced_op(record), torch.no_grad():
         model(torch.zeros(batch, 3, side, side))
     return sum(flops for flops, _ in sizes), sum(size for _, size in sizes)
 

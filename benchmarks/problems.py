@@ -82,7 +82,7 @@ def exact_attention(case: Case) -> Callable[[Tensors, Tensor | None], Tensors]:
     return exact
 
 
-def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: Iterable[str], packed: bool = False) -> Problem:
+def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: Iterable[str]) -> Problem:
     query, key, value, rpb, _, _ = case.inputs(dtype)
     available = {
         "gather": lambda: peers.gather(case),
@@ -94,13 +94,27 @@ def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: It
     }
     attend = getattr(natrpb, f"na{case.ndim}d")
     arguments = dict(kernel_size=case.kernel_size, dilation=case.dilation, is_causal=case.is_causal)
-    ours = Contender(OURS, lambda: functools.partial(attend, **arguments), PACKED if packed else AS_IS)
+    ours = Contender(OURS, lambda: functools.partial(attend, **arguments), AS_IS)
     available["in fp32"] = lambda: in_fp32(ours)
     return Problem(
         tensors=dict(query=query, key=key, value=value, rpb=rpb),
         dout=torch.randn_like(value) if train else None,
         exact=exact_attention(case),
         contenders=[ours, *(available[name]() for name in wanted)],
+        flops=useful_flops(pairs_of(case), case.head_dim, train),
+        bytes=attention_bytes(query.numel(), dtype.itemsize, train),
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def projected_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
+    """From what a projection leaves, in training to its gradient."""
+    query, key, value, rpb, _, _ = case.inputs(dtype)
+    return Problem(
+        tensors=dict(query=query, key=key, value=value, rpb=rpb),
+        dout=torch.randn_like(value) if train else None,
+        exact=exact_attention(case),
+        contenders=windows.projected_contenders(case, dtype),
         flops=useful_flops(pairs_of(case), case.head_dim, train),
         bytes=attention_bytes(query.numel(), dtype.itemsize, train),
         tolerance=TOLERANCE[dtype],
@@ -171,7 +185,7 @@ def block_problem(case: Case, dtype: torch.dtype, train: bool, compiled: bool = 
     return Problem(
         tensors=tensors,
         dout=torch.randn_like(x) if train else None,
-        exact=autograd_results(windows.block(attend, case.heads)),
+        exact=autograd_results(windows.block(windows.of_slices(attend), case.heads)),
         contenders=windows.block_contenders(case, dtype, train, compiled),
         flops=useful_flops(pairs_of(case), case.head_dim, train) + projections,
         bytes=(5 if train else 2) * x.numel() * dtype.itemsize,  # x, out; dout, x, dx

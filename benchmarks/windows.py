@@ -156,13 +156,18 @@ def compiled_path(swin: Swin) -> Contender:
 
 
 def block(attend: Callable[..., Tensor], heads: int) -> Callable[..., Tensor]:
-    """A block around `attend(query, key, value, rpb)` on heads-last maps; its inputs by name."""
+    """A block around `attend(qkv, rpb)`, qkv [B, *, 3, h, d]; its inputs by name."""
 
     def run(x, qkv_weight, qkv_bias, proj_weight, proj_bias, rpb):
         qkv = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, heads, -1))
-        return F.linear(attend(*qkv.unbind(-3), rpb).flatten(-2), proj_weight, proj_bias)
+        return F.linear(attend(qkv, rpb).flatten(-2), proj_weight, proj_bias)
 
     return run
+
+
+def of_slices(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attend(query, key, value, rpb)` as a function of (qkv, rpb): autograd stacks its three gradients."""
+    return lambda qkv, rpb: attend(*qkv.unbind(-3), rpb)
 
 
 def fused_attend(case: Case) -> Callable[..., Tensor]:
@@ -172,11 +177,18 @@ def fused_attend(case: Case) -> Callable[..., Tensor]:
     return attend
 
 
+def packed_attend(case: Case) -> Callable[..., Tensor]:
+    def attend(qkv: Tensor, rpb: Tensor) -> Tensor:
+        return ops.local_attention_qkvpacked(qkv, rpb, case.pattern, case.head_dim**-0.5)[0]
+
+    return attend
+
+
 def block_contenders(case: Case, dtype: torch.dtype, train: bool, compiled: bool = False) -> list[Contender]:
     swin = Swin(case, dtype, train)
 
     def in_windows(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        inner = block(attend, case.heads)
+        inner = block(of_slices(attend), case.heads)
 
         def run(x: Tensor, **parameters: Tensor) -> Tensor:
             windows = partition(x, swin.window, swin.shift)
@@ -185,11 +197,56 @@ def block_contenders(case: Case, dtype: torch.dtype, train: bool, compiled: bool
         return run
 
     return [
-        Contender(OURS, lambda: block(fused_attend(case), case.heads), AS_IS),
+        Contender(OURS, lambda: block(packed_attend(case), case.heads), AS_IS),
         Contender("Swin's path", lambda: in_windows(swin.attend)),
         Contender("SDPA per window", lambda: in_windows(swin.attend_sdpa)),
         timm_block(case, dtype, swin),
         *([timm_block(case, dtype, swin, compiled=True)] if compiled else []),
+    ]
+
+
+# From what a projection leaves, in training to its gradient: qkv in one tensor [B, *, 3, h, d].
+
+_PARTS = "query", "key", "value"
+
+
+def projected(to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Layout:
+    """qkv in place of query, key and value, all three brought to a contender's own order of positions and `back` again."""
+
+    def pack(tensors: Tensors) -> Tensors:
+        rest = {name: x for name, x in tensors.items() if name not in _PARTS}
+        return {"qkv": torch.stack([to(tensors[name]) for name in _PARTS], -3)} | rest
+
+    def unpack(results: Tensors) -> Tensors:
+        rest = {name: x for name, x in results.items() if name != "qkv"}
+        return rest | (dict(zip(_PARTS, map(back, results["qkv"].unbind(-3)))) if "qkv" in results else {})
+
+    return Layout(pack, unpack)
+
+
+def projected_contenders(case: Case, dtype: torch.dtype) -> list[Contender]:
+    """Ours packed and from three slices; for windows Swin's path, SDPA and timm, whose qkv comes in windows already."""
+    as_map = projected(lambda x: x, lambda x: x)
+    ours = [
+        Contender(OURS, lambda: packed_attend(case), as_map),
+        Contender("of three slices", lambda: of_slices(fused_attend(case)), as_map),
+    ]
+    if case.shift is None:
+        return ours
+    swin = Swin(case, dtype, train=True)
+    in_windows = projected(
+        lambda x: partition(x, swin.window, swin.shift), lambda x: reverse(x, swin.window, swin.shift, swin.spatial)
+    )
+
+    def to_map(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        run = of_slices(attend)
+        return lambda qkv, rpb: reverse(run(qkv, rpb), swin.window, swin.shift, swin.spatial)
+
+    return [
+        *ours,
+        Contender("Swin's path", lambda: to_map(swin.attend), in_windows),
+        Contender("SDPA per window", lambda: to_map(swin.attend_sdpa), in_windows),
+        timm_windows(case, dtype, swin),
     ]
 
 

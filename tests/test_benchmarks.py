@@ -13,12 +13,24 @@ import types
 import pytest
 import torch
 from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
 
 import natrpb
 from benchmarks import __main__ as command
 from benchmarks import machine, peers, plots, report
 from benchmarks.cases import all_workloads, quick_workloads
-from benchmarks.harness import OURS, Contender, Line, Problem, Unavailable, Workload, autograd_results, exact_results, measure
+from benchmarks.harness import (
+    OURS,
+    Contender,
+    Line,
+    Problem,
+    Runner,
+    Unavailable,
+    Workload,
+    autograd_results,
+    exact_results,
+    measure,
+)
 from benchmarks.models import attention_share, make_problem
 from benchmarks.problems import (
     attention_bytes,
@@ -26,6 +38,7 @@ from benchmarks.problems import (
     cosine_problem,
     neighborhood_problem,
     pairs_of,
+    projected_problem,
     unfused_problem,
     useful_flops,
     window_problem,
@@ -204,7 +217,6 @@ class TestProblems:
                     torch.float32,
                     train,
                     ("gather", "SDPA"),
-                    True,
                 ),
                 id="causal",
             ),
@@ -214,6 +226,11 @@ class TestProblems:
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=0), torch.float32, train), id="window"),
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="shifted"),
             pytest.param(lambda train: window_problem(Case((8, 12), 4, shift=2), torch.bfloat16, train), id="window-bf16"),
+            pytest.param(lambda train: projected_problem(Case((9, 8), 3), torch.float32, train), id="projected"),
+            pytest.param(
+                lambda train: projected_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train),
+                id="projected-window",
+            ),
             pytest.param(lambda train: block_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="block"),
             pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2, batch=2), torch.float32, train), id="cosine"),
             pytest.param(lambda train: cosine_problem(Case((8, 12), 4, shift=2), torch.bfloat16, train), id="cosine-bf16"),
@@ -231,6 +248,16 @@ class TestProblems:
         problem = make_problem("nat_mini", 1, train=True, side=32, embed_dim=16, depths=(1, 1, 1, 1))
         line = measured(problem)
         assert list(line.timings) == [OURS, "gather"] and 0 < line.attention_share < 1
+
+    def test_a_whole_model_with_the_plain_op_runs_none_of_ours(self):
+        problem = make_problem("nat_mini", 1, train=True, side=32, embed_dim=16, depths=(1, 1, 1, 1))
+        ours, gather = (Runner(contender, problem) for contender in problem.contenders)
+        seen = []
+        for run in (ours, gather):
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                run()
+            seen.append({event.name for event in profiled.events() if event.name.startswith("natrpb::")})
+        assert "natrpb::local_attention_qkvpacked_backward" in seen[0] and not seen[1]
 
     @pytest.mark.parametrize("train", [False, True], ids=["forward", "backward"])
     def test_a_whole_swin(self, train):

@@ -1,7 +1,7 @@
 // Schemas of the natrpb ops. Fakes, autograd, autocast and vmap are registered from Python (natrpb/ops).
 //
 // The five integer lists are one attention pattern, one entry per spatial axis (geometry.h): kind 0 neighborhood, 1 causal,
-// 2 window. Fused tensors are heads-last, [B, *, h, D]; unfused ones heads-first, [B, h, *, D], as NATTEN has them.
+// 2 window. Fused tensors are heads-last, [B, *, h, D], qkv [B, *, 3, h, D]; unfused ones heads-first, [B, h, *, D], as NATTEN has them.
 // l2_normalize takes [B, N, h, D], all positions on one axis.
 #include <torch/csrc/stable/library.h>
 
@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(natrpb, m) {
       "local_attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
       "Tensor out, Tensor lse, " NATRPB_PATTERN
       ", float scale, bool needs_drpb) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drpb)");
+  m.def("local_attention_qkvpacked_forward(Tensor qkv, Tensor? rpb, " NATRPB_PATTERN
+        ", float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "local_attention_qkvpacked_backward(Tensor dout, Tensor? dlse, Tensor qkv, Tensor? rpb, Tensor out, Tensor "
+      "lse, " NATRPB_PATTERN ", float scale, bool needs_drpb) -> (Tensor dqkv, Tensor drpb)");
   m.def("local_qk(Tensor query, Tensor key, Tensor? rpb, " NATRPB_PATTERN ", float fill) -> Tensor");
   m.def("local_av(Tensor attn, Tensor value, " NATRPB_PATTERN ") -> Tensor");
   m.def("local_av_transposed(Tensor attn, Tensor x, " NATRPB_PATTERN ") -> Tensor");

@@ -1,6 +1,7 @@
 // From tensors to LocalAttentionParams: what every local-attention op checks and shares, whatever device runs it.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "tensors.h"
@@ -114,5 +115,15 @@ struct LocalAttentionCall {
                     " > ", axis.length, " on axis ", i);
   }
 };
+
+using Thirds = std::array<Tensor, 3>;
+
+// Query, key and value in qkv [B, *, 3, h, D] over `ndim` axes: views [B, *, h, D].
+inline Thirds unpacked(const Tensor& qkv, size_t ndim) {
+  const auto axis = static_cast<int64_t>(ndim) + 1;
+  STD_TORCH_CHECK(qkv.dim() == axis + 3 && qkv.size(axis) == 3, "qkv must have shape [B, ", ndim,
+                  " spatial axes, 3, heads, D], got ", shape_of(qkv));
+  return {torch::stable::select(qkv, axis, 0), torch::stable::select(qkv, axis, 1), torch::stable::select(qkv, axis, 2)};
+}
 
 }  // namespace natrpb::binding

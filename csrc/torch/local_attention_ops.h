@@ -35,29 +35,29 @@ struct LocalAttentionOps {
                                                              Tensor value, std::optional<Tensor> rpb, Tensor out, Tensor lse,
                                                              Ints kernel_size, Ints stride, Ints dilation, Ints kind,
                                                              Ints shift, double scale, bool needs_drpb) {
-    const Backend backend("query", query);
-    Call call("query", query, Layout::kHeadsLast, kernel_size, stride, dilation, kind, shift);
-    Params& p = call.params;
-    p.scale = scale;
-    take_inputs(backend, call, query, key, value);
-    p.dout = take(backend, call, "dout", dout, p.value_dim);
-    p.out = take(backend, call, "out", out, p.value_dim);
-    p.lse = take_per_query(backend, call, "lse", lse);
-    if (dlse) p.dlse = take_per_query(backend, call, "dlse", *dlse);
-    STD_TORCH_CHECK(rpb || !needs_drpb, "needs_drpb must be false without rpb, got true");
-    const std::optional<Tensor> table = take_rpb(backend, call, rpb);
-    Tensor dquery = new_tensor(query, call.sizes(p.head_dim), query.scalar_type());
-    const ScalarType sums = backend.local_attention_backward_is_wide(p) ? ScalarType::Float : query.scalar_type();
-    Tensor dkey = new_tensor(query, call.sizes(p.head_dim), sums);
-    Tensor dvalue = new_tensor(query, call.sizes(p.value_dim), sums);
-    Tensor drpb = new_tensor(query, needs_drpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
-    p.dquery = call.view(dquery);
-    p.dkey = call.view(dkey);
-    p.dvalue = call.view(dvalue);
-    if (needs_drpb) p.drpb = drpb.data_ptr();
-    const Tensor memory = call.workspace(query, backend.local_attention_backward_workspace(p));
-    finish(backend.local_attention_backward(p));
-    return {dquery, rounded(dkey, query), rounded(dvalue, query), drpb};
+    Thirds gradients;
+    Tensor drpb = differentiate(dout, dlse, {query, key, value}, rpb, out, lse, kernel_size, stride, dilation, kind, shift,
+                                scale, needs_drpb, gradients);
+    return {gradients[0], gradients[1], gradients[2], drpb};
+  }
+
+  static std::tuple<Tensor, Tensor> qkvpacked_forward(Tensor qkv, std::optional<Tensor> rpb, Ints kernel_size, Ints stride,
+                                                      Ints dilation, Ints kind, Ints shift, double scale) {
+    auto [query, key, value] = unpacked(qkv, kernel_size.size());
+    return forward(query, key, value, rpb, kernel_size, stride, dilation, kind, shift, scale);
+  }
+
+  // The gradients of query, key and value are written where dqkv has them.
+  static std::tuple<Tensor, Tensor> qkvpacked_backward(Tensor dout, std::optional<Tensor> dlse, Tensor qkv,
+                                                       std::optional<Tensor> rpb, Tensor out, Tensor lse, Ints kernel_size,
+                                                       Ints stride, Ints dilation, Ints kind, Ints shift, double scale,
+                                                       bool needs_drpb) {
+    const Thirds inputs = unpacked(qkv, kernel_size.size());
+    Tensor dqkv = new_tensor(qkv, Ints(qkv.sizes().begin(), qkv.sizes().end()), qkv.scalar_type());
+    Thirds gradients = unpacked(dqkv, kernel_size.size());
+    Tensor drpb = differentiate(dout, dlse, inputs, rpb, out, lse, kernel_size, stride, dilation, kind, shift, scale,
+                                needs_drpb, gradients);
+    return {dqkv, drpb};
   }
 
   static Tensor qk(Tensor query, Tensor key, std::optional<Tensor> rpb, Ints kernel_size, Ints stride, Ints dilation, Ints kind,
@@ -119,6 +119,8 @@ struct LocalAttentionOps {
   static void implement(Library& m) {
     m.impl("local_attention_forward", TORCH_BOX(&LocalAttentionOps::forward));
     m.impl("local_attention_backward", TORCH_BOX(&LocalAttentionOps::backward));
+    m.impl("local_attention_qkvpacked_forward", TORCH_BOX(&LocalAttentionOps::qkvpacked_forward));
+    m.impl("local_attention_qkvpacked_backward", TORCH_BOX(&LocalAttentionOps::qkvpacked_backward));
     m.impl("local_qk", TORCH_BOX(&LocalAttentionOps::qk));
     m.impl("local_av", TORCH_BOX(&LocalAttentionOps::av));
     m.impl("local_av_transposed", TORCH_BOX(&LocalAttentionOps::av_transposed));
@@ -126,6 +128,50 @@ struct LocalAttentionOps {
   }
 
  private:
+  // The gradients of query, key and value into tensors of their shapes, made where undefined; returns the table's.
+  static Tensor differentiate(Tensor& dout, const std::optional<Tensor>& dlse, Thirds inputs, const std::optional<Tensor>& rpb,
+                              Tensor& out, const Tensor& lse, const Ints& kernel_size, const Ints& stride, const Ints& dilation,
+                              const Ints& kind, const Ints& shift, double scale, bool needs_drpb, Thirds& gradients) {
+    auto& [query, key, value] = inputs;
+    const Backend backend("query", query);
+    Call call("query", query, Layout::kHeadsLast, kernel_size, stride, dilation, kind, shift);
+    Params& p = call.params;
+    p.scale = scale;
+    take_inputs(backend, call, query, key, value);
+    p.dout = take(backend, call, "dout", dout, p.value_dim);
+    p.out = take(backend, call, "out", out, p.value_dim);
+    p.lse = take_per_query(backend, call, "lse", lse);
+    if (dlse) p.dlse = take_per_query(backend, call, "dlse", *dlse);
+    STD_TORCH_CHECK(rpb || !needs_drpb, "needs_drpb must be false without rpb, got true");
+    const std::optional<Tensor> table = take_rpb(backend, call, rpb);
+    const ScalarType dtype = query.scalar_type();
+    const ScalarType sums = backend.local_attention_backward_is_wide(p) ? ScalarType::Float : dtype;
+    const auto written = [&](const Tensor& gradient, int64_t channels, ScalarType type) {
+      return gradient.defined() && type == dtype ? gradient : new_tensor(query, call.sizes(channels), type);
+    };
+    const Tensor dquery = written(gradients[0], p.head_dim, dtype);
+    const Tensor dkey = written(gradients[1], p.head_dim, sums);
+    const Tensor dvalue = written(gradients[2], p.value_dim, sums);
+    Tensor drpb = new_tensor(query, needs_drpb ? call.rpb_sizes() : Ints{0}, wide_type(p.dtype));
+    p.dquery = call.view(dquery);
+    p.dkey = call.view(dkey);
+    p.dvalue = call.view(dvalue);
+    if (needs_drpb) p.drpb = drpb.data_ptr();
+    const Tensor memory = call.workspace(query, backend.local_attention_backward_workspace(p));
+    finish(backend.local_attention_backward(p));
+    const auto keep = [&](const Tensor& result, Tensor& gradient) {
+      if (!gradient.defined()) {
+        gradient = rounded(result, query);
+      } else if (sums != dtype) {
+        torch::stable::copy_(gradient, result);
+      }
+    };
+    gradients[0] = dquery;
+    keep(dkey, gradients[1]);
+    keep(dvalue, gradients[2]);
+    return drpb;
+  }
+
   // Checks a tensor of `channels`, gives it contiguous channels, and returns its view. NB: the tensor must outlive the view.
   static View take(const Backend& backend, const Call& call, const char* name, Tensor& t, int64_t channels) {
     call.check(name, t, channels, call.params.dtype);

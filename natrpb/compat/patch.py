@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import na2d, na2d_av, na2d_qk, window_attention
+from ..functional import na2d, na2d_av, na2d_qk, window_attention, window_attention_qkvpacked
 from ..functional.window import crop_from_windows, fit_shift, pad_to_windows
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,12 +68,18 @@ class _Patched:
 
 
 def _attend(x: Tensor, project, heads: int, window, shift, padding: str, **scores) -> Tensor:
-    """Pads, projects to (query, key, value), attends and crops: [B, H, W, C] -> [B, H, W, heads * d]."""
+    """Pads, projects, attends and crops: [B, H, W, C] -> [B, H, W, heads * d].
+
+    Args:
+        project: [B, *, C] -> one tensor [B, *, 3 heads d], or three [B, *, heads d].
+    """
     window, shift, spatial = tuple(map(int, window)), tuple(map(int, shift)), x.shape[1:-1]
-    x = pad_to_windows(x, window, shift, padding)
-    query, key, value = (part.unflatten(-1, (heads, -1)) for part in project(x))
-    out = window_attention(query, key, value, window, shift, **scores).flatten(-2)
-    return crop_from_windows(out, spatial, window, shift, padding)
+    projected = project(pad_to_windows(x, window, shift, padding))
+    if isinstance(projected, Tensor):
+        out = window_attention_qkvpacked(projected.unflatten(-1, (3, heads, -1)), window, shift, **scores)
+    else:
+        out = window_attention(*(part.unflatten(-1, (heads, -1)) for part in projected), window, shift, **scores)
+    return crop_from_windows(out.flatten(-2), spatial, window, shift, padding)
 
 
 def _mlp_table(mlp: nn.Module, coords: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class _TimmBlock(_Patched):
         attn = self.attn
         out = _attend(
             x,
-            lambda padded: attn.qkv(padded).chunk(3, dim=-1),
+            attn.qkv,
             attn.num_heads,
             self.window_size,
             self.shift_size,
@@ -104,7 +110,7 @@ class _TimmBlockV2(_Patched):
         bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         out = _attend(
             x,
-            lambda padded: F.linear(padded, attn.qkv.weight, bias).chunk(3, dim=-1),
+            lambda padded: F.linear(padded, attn.qkv.weight, bias),
             attn.num_heads,
             self.window_size,
             self.shift_size,
@@ -123,7 +129,7 @@ class _TorchvisionAttention(_Patched):
     def _attend(self, x: Tensor, bias: Tensor | None, **scores) -> Tensor:
         out = _attend(
             x,
-            lambda padded: F.linear(padded, self.qkv.weight, bias).chunk(3, dim=-1),
+            lambda padded: F.linear(padded, self.qkv.weight, bias),
             self.num_heads,
             self.window_size,
             fit_shift(self.window_size, self.shift_size, x.shape[1:-1]),

@@ -43,6 +43,15 @@ def check_attention_inputs(query, key, value, ndim: int):
     check_head_dim(shape[-1], value_shape[-1])
 
 
+def check_qkvpacked(qkv, ndim: int):
+    """Checks query, key and value packed in one heads-last tensor of an attention over `ndim` axes."""
+    layout = f"[B, {', '.join(AXES[ndim])}, 3, heads, D]"
+    check_tensor("qkv", qkv, ndim + 4, layout)
+    if qkv.shape[-3] != 3:
+        raise ValueError(f"qkv must have shape {layout}, got {list(qkv.shape)}")
+    check_head_dim(qkv.shape[-1])
+
+
 def check_probability(name: str, given) -> None:
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
         raise ValueError(f"{name} must be a number between 0 and 1, got {given!r}")

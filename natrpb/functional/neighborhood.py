@@ -12,6 +12,7 @@ from ._checks import (
     check_attention_inputs,
     check_head_dim,
     check_probability,
+    check_qkvpacked,
     check_rpb,
     check_tensor,
     finite_float,
@@ -113,6 +114,76 @@ def na3d(
     )  # fmt: skip
 
 
+def na1d_qkvpacked(
+    qkv: Tensor,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+):
+    """Neighborhood attention over one axis from qkv [B, L, 3, heads, D]; see `na2d_qkvpacked`."""
+    return _neighborhood_attention_qkvpacked(
+        1, qkv, kernel_size, stride, dilation, is_causal, rpb, scale, additional_keys, additional_values, dropout_p, return_lse
+    )
+
+
+def na2d_qkvpacked(
+    qkv: Tensor,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+):
+    """`na2d` of a fused projection: query, key and value are the three parts of qkv, and so is its gradient.
+
+    A projection's gradient needs them in one tensor. From `na2d` of three slices autograd gets three, and copies them
+    together: as much memory again, and a pass over it, in every training step.
+
+    Args:
+        qkv: [B, H, W, 3, heads, D], `linear(x).unflatten(-1, (3, heads, D))`; any strides.
+        kernel_size, stride, dilation, is_causal, rpb, scale, dropout_p, return_lse: as in `na2d`. With dropout or additional
+            tokens the gradients are copied together, too.
+        additional_keys, additional_values: [B, T, heads, D].
+
+    Returns, raises:
+        as `na2d`.
+    """
+    return _neighborhood_attention_qkvpacked(
+        2, qkv, kernel_size, stride, dilation, is_causal, rpb, scale, additional_keys, additional_values, dropout_p, return_lse
+    )
+
+
+def na3d_qkvpacked(
+    qkv: Tensor,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+):
+    """Neighborhood attention over three axes from qkv [B, D0, H, W, 3, heads, D]; see `na2d_qkvpacked`."""
+    return _neighborhood_attention_qkvpacked(
+        3, qkv, kernel_size, stride, dilation, is_causal, rpb, scale, additional_keys, additional_values, dropout_p, return_lse
+    )
+
+
 def na1d_qk(query: Tensor, key: Tensor, kernel_size, dilation=1, is_causal=False, rpb: Tensor | None = None) -> Tensor:
     """Neighborhood scores over one axis, unfused; see `na2d_qk`, with [B, heads, L, D] in place of [B, heads, H, W, D]."""
     return _qk(1, query, key, kernel_size, dilation, is_causal, rpb)
@@ -166,9 +237,8 @@ def _neighborhood_attention(
     additional_keys, additional_values, dropout_p, return_lse,
 ):  # fmt: skip
     check_attention_inputs(query, key, value, ndim)
-    pattern = neighborhood_pattern(ndim, kernel_size, stride, dilation, is_causal)
     _, *spatial, heads, head_dim = query.shape
-    check_fits(pattern, spatial)
+    pattern = _checked_pattern(spatial, kernel_size, stride, dilation, is_causal)
     check_probability("dropout_p", dropout_p)
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
     check_rpb(rpb, heads, pattern, query.device)
@@ -184,6 +254,31 @@ def _neighborhood_attention(
         if additional_keys is not None:
             out, lse = _merge_additional(out, lse, query, additional_keys, additional_values, scale)
     return (out, lse) if return_lse else out
+
+
+def _neighborhood_attention_qkvpacked(
+    ndim, qkv, kernel_size, stride, dilation, is_causal, rpb, scale, additional_keys, additional_values, dropout_p, return_lse
+):
+    check_qkvpacked(qkv, ndim)
+    check_probability("dropout_p", dropout_p)
+    if dropout_p > 0 or additional_keys is not None or additional_values is not None:
+        return _neighborhood_attention(
+            ndim, *qkv.unbind(-3), kernel_size, stride, dilation, is_causal, rpb, scale,
+            additional_keys, additional_values, dropout_p, return_lse,
+        )  # fmt: skip
+    _, *spatial, _, heads, head_dim = qkv.shape
+    pattern = _checked_pattern(spatial, kernel_size, stride, dilation, is_causal)
+    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
+    check_rpb(rpb, heads, pattern, qkv.device)
+    out, lse = ops.local_attention_qkvpacked(qkv, rpb, pattern, scale)
+    return (out, lse) if return_lse else out
+
+
+def _checked_pattern(spatial, kernel_size, stride, dilation, is_causal):
+    """The pattern of neighborhoods, which fits maps of this size."""
+    pattern = neighborhood_pattern(len(spatial), kernel_size, stride, dilation, is_causal)
+    check_fits(pattern, spatial)
+    return pattern
 
 
 def _with_dropout(query, key, value, rpb, pattern, scale, additional_keys, additional_values, dropout_p):

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..patterns import Pattern, window_pattern
-from ._checks import AXES, FLOATS, check_attention_inputs, check_probability, check_rpb, finite_float, share_heads
+from ._checks import (
+    AXES,
+    FLOATS,
+    check_attention_inputs,
+    check_probability,
+    check_qkvpacked,
+    check_rpb,
+    finite_float,
+    share_heads,
+)
 
 PADDINGS = ("cut", "pad_then_roll", "roll_then_pad")
 SMALL_MAPS = ("axis", "map", "shift")
@@ -90,6 +99,51 @@ def window_attention(
         out, lse = _unfused(query, key, value, rpb, dense_bias, pattern, scale, dropout_p)
     else:
         out, lse = ops.local_attention(query, key, value, rpb, pattern, scale)
+    return (out, lse) if return_lse else out
+
+
+def window_attention_qkvpacked(
+    qkv: Tensor,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int] = 0,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    *,
+    convention: str = "swin",
+    dense_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`window_attention` of a fused projection: query, key and value are the three parts of qkv, and so is its gradient.
+
+    A projection's gradient needs them in one tensor. From `window_attention` of three slices autograd gets three, and copies
+    them together: as much memory again, and a pass over it, in every training step.
+
+    Args:
+        qkv: [B, *spatial, 3, heads, D], `linear(x).unflatten(-1, (3, heads, D))`; any strides.
+        window_size, shift_size, rpb, scale, logit_scale, convention, dense_bias, dropout_p, return_lse: as in
+            `window_attention`. With logit_scale, dense_bias or dropout the gradients are copied together, too.
+
+    Returns, raises:
+        as `window_attention`.
+    """
+    ndim = qkv.dim() - 4 if isinstance(qkv, Tensor) else 2
+    if ndim not in AXES:
+        raise ValueError(f"qkv must have shape [B, 1 to 3 spatial axes, 3, heads, D], got {list(qkv.shape)}")
+    check_qkvpacked(qkv, ndim)
+    check_probability("dropout_p", dropout_p)
+    if dropout_p > 0 or dense_bias is not None or logit_scale is not None:
+        return window_attention(
+            *qkv.unbind(-3), window_size, shift_size, rpb, scale, logit_scale,
+            convention=convention, dense_bias=dense_bias, dropout_p=dropout_p, return_lse=return_lse,
+        )  # fmt: skip
+    heads, head_dim = qkv.shape[-2:]
+    pattern = window_pattern(ndim, window_size, shift_size)
+    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
+    rpb = _nat_table(rpb, convention, heads, pattern)
+    check_rpb(rpb, heads, pattern, qkv.device)
+    out, lse = ops.local_attention_qkvpacked(qkv, rpb, pattern, scale)
     return (out, lse) if return_lse else out
 
 

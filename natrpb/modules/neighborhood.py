@@ -92,12 +92,8 @@ class _NeighborhoodAttention(nn.Module):
         spatial = x.shape[1:-1]
         if self.pad_small_inputs:
             x = self._pad(x)
-        # qkv[b, *, 3, h, d]: the three slices are read in place, with the strides of the projection
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         out = self._attend(
-            query,
-            key,
-            value,
+            self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)),
             kernel_size=self.kernel_size,
             stride=self.stride,
             dilation=self.dilation,
@@ -145,7 +141,7 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
     """Multi-head neighborhood attention over [B, L, embed_dim]; arguments as in `NeighborhoodAttention2D`."""
 
     ndim = 1
-    _attend = staticmethod(functional.na1d)
+    _attend = staticmethod(functional.na1d_qkvpacked)
 
 
 class NeighborhoodAttention2D(_NeighborhoodAttention):
@@ -178,11 +174,11 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
     """
 
     ndim = 2
-    _attend = staticmethod(functional.na2d)
+    _attend = staticmethod(functional.na2d_qkvpacked)
 
 
 class NeighborhoodAttention3D(_NeighborhoodAttention):
     """Multi-head neighborhood attention over [B, D0, H, W, embed_dim]; arguments as in `NeighborhoodAttention2D`."""
 
     ndim = 3
-    _attend = staticmethod(functional.na3d)
+    _attend = staticmethod(functional.na3d_qkvpacked)

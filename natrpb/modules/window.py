@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import rpb
-from ..functional import window_attention
+from ..functional import window_attention_qkvpacked
 from ..functional.window import PADDINGS, SMALL_MAPS, crop_from_windows, fit_shift, pad_to_windows
 from ..patterns import window_pattern
 
@@ -125,12 +125,8 @@ class WindowAttention(nn.Module):
         spatial = x.shape[1:-1]
         shift = fit_shift(self.window_size, self.shift_size, spatial, self.small_maps)
         x = pad_to_windows(x, self.window_size, shift, self.padding)
-        # qkv[b, *, 3, h, d]: the three slices are read in place, with the strides of the projection
-        query, key, value = self._project(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        out = window_attention(
-            query,
-            key,
-            value,
+        out = window_attention_qkvpacked(
+            self._project(x).unflatten(-1, (3, self.num_heads, self.head_dim)),
             self.window_size,
             shift,
             dropout_p=self.attn_drop if self.training else 0.0,

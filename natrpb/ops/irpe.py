@@ -15,9 +15,9 @@ from torch.autograd import Function
 
 from .. import _ext
 from .. import reference_irpe as reference
+from ._common import heads_first, heads_last, on_reference, wide_dtype
 from ._irpe_pairs import Pairs, Rows, total
 from ._register import below_autograd, call_op, register_autocast, register_autograd, register_fake, register_vmap
-from .local_attention import _heads_first, _heads_last, _on_reference, _wide
 
 
 def rpe_index(x: Tensor, index: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def irpe_attention(
     rest = (index_k, index_q, index_t, index_v, num_buckets, key_padding_mask, attn_mask, scale)
     if not _ext.runs_compiled(query.device, "irpe_attention_forward"):
         return _reference(floats, rest)
-    table = None if table is None else table.to(_wide(query.dtype))
+    table = None if table is None else table.to(wide_dtype(query.dtype))
     out, lse, binned = call_op("irpe_attention_forward", *floats[:5], table, *rest)
     return out, lse, None if index_v is None else binned
 
@@ -71,7 +71,7 @@ def _reference(floats: tuple[Tensor | None, ...], rest: tuple):
         return reference.irpe_attention(query, key, value, query_rows, index_k, key_rows, index_q, table, index_t, *others)
 
     present = [x for x in inputs if x is not None]
-    return _on_reference(run, len(present), *present)
+    return on_reference(run, len(present), *present)
 
 
 class _Saved(NamedTuple):
@@ -88,8 +88,8 @@ class _Saved(NamedTuple):
     def of(cls, floats: tuple[Tensor | None, ...], rest: tuple) -> _Saved:
         *maps, scale = rest
         pairs = Pairs(tuple(maps), tuple(0 if x is None else x.shape[-1] for x in floats[3:]))
-        wide = _wide(floats[0].dtype)
-        q, k, v = _heads_first(wide, *floats[:3])
+        wide = wide_dtype(floats[0].dtype)
+        q, k, v = heads_first(wide, *floats[:3])
         k, v = pairs.open(k), pairs.open(v)
         rows = Rows(*(None if x is None else x.to(wide) for x in floats[3:]))
         scores = total(scale * q @ k.mT, pairs.encode(rows))
@@ -152,13 +152,13 @@ class _Attention(Function):
         floats, rest = _Attention._arguments(ctx)
         dtype = floats[0].dtype
         saved = _Saved.of(floats, rest)
-        tq, tk, tv = _heads_first(saved.p.dtype, tquery, tkey, tvalue)
+        tq, tk, tv = heads_first(saved.p.dtype, tquery, tkey, tvalue)
         ts = saved.score_tangent(tq, tk, _rows(saved.p.dtype, others[:3]))
         tp = saved.softmax_derivative(ts)
         tout = total(tp @ saved.v, None if tv is None else saved.p @ saved.pairs.open(tv))
         tbinned = saved.pairs.bin(tp)
         tbinned = tout.new_zeros(0) if tbinned is None else tbinned
-        return _heads_last(dtype, tout), (saved.p * ts).sum(-1).movedim(1, -1), tbinned.to(dtype)
+        return heads_last(dtype, tout), (saved.p * ts).sum(-1).movedim(1, -1), tbinned.to(dtype)
 
 
 class _AttentionBackward(Function):
@@ -186,7 +186,7 @@ class _AttentionBackward(Function):
         saved, (num_buckets, scale) = ctx.saved_tensors, ctx.numbers
         dout, dlse, dbinned = saved[:3]
         here = _Saved.of(saved[3:9], (*saved[9:13], num_buckets, *saved[13:15], scale))
-        (do,) = _heads_first(here.p.dtype, dout)
+        (do,) = heads_first(here.p.dtype, dout)
         dp = total(do @ here.v.mT, here.pairs.unbin(None if dbinned is None else dbinned.to(here.p.dtype)))
         bracket = dp - (here.p * dp).sum(-1, keepdim=True)
         if dlse is not None:
@@ -196,7 +196,7 @@ class _AttentionBackward(Function):
     @staticmethod
     def backward(ctx, gquery, gkey, gvalue, *grows):
         (dout, dlse, dbinned, *floats), here, do, dp, bracket = _AttentionBackward._start(ctx)
-        gq, gk, gv = _heads_first(here.p.dtype, gquery, gkey, gvalue)
+        gq, gk, gv = heads_first(here.p.dtype, gquery, gkey, gvalue)
         gk, gv = (None if x is None else here.pairs.open(x) for x in (gk, gv))
         grows = (None if x is None else g for g, x in zip(grows, floats[3:]))
         p, pairs = here.p, here.pairs
@@ -213,10 +213,10 @@ class _AttentionBackward(Function):
         )
         gdbinned = None if dbinned is None else pairs.bin(gdp).to(dbinned.dtype)
         return (
-            _heads_last(dout.dtype, total(gdp @ here.v, None if gv is None else p @ gv)),
+            heads_last(dout.dtype, total(gdp @ here.v, None if gv is None else p @ gv)),
             None if dlse is None else mean[..., 0].movedim(1, -1),
             gdbinned,
-            *(_heads_last(x.dtype, g) for x, g in zip(floats, second)),
+            *(heads_last(x.dtype, g) for x, g in zip(floats, second)),
             *(None if g is None else g.to(x.dtype) for x, g in zip(floats[3:], pairs.decode(gs))),
             *(None,) * 11,
         )
@@ -225,7 +225,7 @@ class _AttentionBackward(Function):
     def jvp(ctx, tdout, tdlse, tdbinned, tquery, tkey, tvalue, *others):
         (_, _, _, *floats), here, do, dp, bracket = _AttentionBackward._start(ctx)
         dtype, p, pairs = here.p.dtype, here.p, here.pairs
-        tdo, tq, tk, tv = _heads_first(dtype, tdout, tquery, tkey, tvalue)
+        tdo, tq, tk, tv = heads_first(dtype, tdout, tquery, tkey, tvalue)
         tk, tv = (None if x is None else pairs.open(x) for x in (tk, tv))
         tp = here.softmax_derivative(here.score_tangent(tq, tk, _rows(dtype, others[:3])))
         tdp = total(
@@ -245,7 +245,7 @@ class _AttentionBackward(Function):
         )
         rows = (p.new_zeros(0) if g is None else g for g in pairs.decode(tds))
         dtypes = [floats[0].dtype] * 2 + [dtype]
-        return *(_heads_last(x.dtype, g) for x, g in zip(floats, gradients)), *(g.to(t) for g, t in zip(rows, dtypes))
+        return *(heads_last(x.dtype, g) for x, g in zip(floats, gradients)), *(g.to(t) for g, t in zip(rows, dtypes))
 
 
 class _RpeIndex(Function):
@@ -306,14 +306,14 @@ def _fake_forward(query, key, value, query_rows, key_rows, table, index_k, index
     binned = (0,) if index_v is None else (batch, heads, positions, num_buckets)
     return (
         query.new_empty((batch, positions, heads, value.shape[-1])),
-        query.new_empty((batch, positions, heads), dtype=_wide(query.dtype)),
+        query.new_empty((batch, positions, heads), dtype=wide_dtype(query.dtype)),
         query.new_empty(binned),
     )
 
 
 def _fake_backward(dout, dlse, dbinned, query, key, value, query_rows, key_rows, table, *_):
     rows = (query.new_empty((0,) if x is None else x.shape) for x in (query_rows, key_rows))
-    dtable = query.new_empty((0,) if table is None else table.shape, dtype=_wide(query.dtype))
+    dtable = query.new_empty((0,) if table is None else table.shape, dtype=wide_dtype(query.dtype))
     return *(query.new_empty(x.shape) for x in (query, key, value)), *rows, dtable
 
 

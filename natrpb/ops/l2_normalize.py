@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _ext, reference
+from ._common import sum_of, wide_dtype
 from ._register import below_autograd, call_op, register_autograd, register_fake, register_vmap
-from .local_attention import _sum, _wide
 
 
 def l2_normalize(x: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -25,13 +25,13 @@ def l2_normalize(x: Tensor, factor: Tensor | None = None) -> Tensor:
     """
     if not _ext.runs_compiled(x.device, "l2_normalize"):
         return reference.l2_normalize(x, factor)
-    factor = None if factor is None else factor.to(_wide(x.dtype))
+    factor = None if factor is None else factor.to(wide_dtype(x.dtype))
     return call_op("l2_normalize", x.flatten(1, -3), factor).unflatten(1, x.shape[1:-2])
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / |x| and 1 / |x|, in fp32 or fp64; zero for a row of zeros."""
-    x = x.to(_wide(x.dtype))
+    x = x.to(wide_dtype(x.dtype))
     square = x.square().sum(-1, keepdim=True)
     inverse = torch.where(square == 0, 0, torch.where(square == 0, 1, square).rsqrt())
     return x * inverse, inverse
@@ -78,7 +78,7 @@ class _L2Normalize(Function):
     @staticmethod
     def jvp(ctx, tx, tfactor):
         x, factor = ctx.saved_tensors
-        return _sum(
+        return sum_of(
             None if tx is None else call_op("l2_normalize_backward", tx, x, factor)[0],
             None if tfactor is None else call_op("l2_normalize", x, tfactor),
         )
@@ -115,8 +115,8 @@ class _L2NormalizeBackward(Function):
             gfactor = None if ctx.saved_tensors[2] is None else (projected * do).sum((0, 1, 3))
         if gdfactor is not None and ctx.saved_tensors[2] is not None:
             g = gdfactor[:, None]
-            gdout = _sum(gdout, g * u)
-            gx = _sum(gx, g * _project(do, u, inverse))
+            gdout = sum_of(gdout, g * u)
+            gx = sum_of(gx, g * _project(do, u, inverse))
         return None if gdout is None else gdout.to(dtype), None if gx is None else gx.to(dtype), gfactor
 
     @staticmethod
@@ -124,7 +124,7 @@ class _L2NormalizeBackward(Function):
         dtype = ctx.saved_tensors[0].dtype
         do, u, inverse, f = start = _L2NormalizeBackward._start(ctx)
         tdout, tx = (None if t is None else t.to(u.dtype) for t in (tdout, tx))
-        tdx = _sum(
+        tdx = sum_of(
             torch.zeros_like(u),
             None if tdout is None else f * _project(tdout, u, inverse),
             None if tfactor is None else _over_heads(tfactor) * _project(do, u, inverse),
@@ -132,7 +132,7 @@ class _L2NormalizeBackward(Function):
         )
         if ctx.saved_tensors[2] is None:
             return tdx.to(dtype), u.new_zeros(0)
-        along = _sum(
+        along = sum_of(
             torch.zeros_like(u),
             None if tdout is None else u * tdout,
             None if tx is None else do * _project(tx, u, inverse),
@@ -145,7 +145,7 @@ def _fake(x, factor):
 
 
 def _fake_backward(dout, x, factor):
-    return x.new_empty(x.shape), x.new_empty((0,) if factor is None else factor.shape, dtype=_wide(x.dtype))
+    return x.new_empty(x.shape), x.new_empty((0,) if factor is None else factor.shape, dtype=wide_dtype(x.dtype))
 
 
 if _ext.reason is None:
