@@ -221,4 +221,5 @@ def compiled() -> dict:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
-setup(**({} if os.environ.get("NATRPB_BUILD") == "0" else compiled()))
+# The license stands here since setuptools before 77, which Python 3.11 still brings, refuse its newer form in pyproject.toml.
+setup(license="MIT", license_files=["LICENSE"], **({} if os.environ.get("NATRPB_BUILD") == "0" else compiled()))
