@@ -64,14 +64,14 @@ def cotangents(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", [case for case in CASES if case.value_dim is None], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.value_dim is None][::2], ids=str)
 def test_output_is_that_of_the_slices(case, dtype):
     inputs = packed(case, dtype, requires_grad=False)
     for ours, expected in zip(ops.local_attention_qkvpacked(*inputs), of_slices(ops.local_attention)(*inputs)):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize(("case", "dtype"), [given for given in CASES_BY_DTYPE if given.values[0].value_dim is None])
+@pytest.mark.parametrize(("case", "dtype"), [given for given in CASES_BY_DTYPE if given.values[0].value_dim is None][::5])
 def test_gradients_match_the_reference(case, dtype):
     inputs = packed(case, dtype)
     qkv, rpb, *rest = inputs
