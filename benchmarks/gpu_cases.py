@@ -142,7 +142,7 @@ def window(case: Case, dtype: torch.dtype, mode: str, compiled: bool = True) -> 
 
 def projected(case: Case, dtype: torch.dtype, mode: str) -> Problem:
     """From what a projection leaves to its gradient: packed, and from three slices, whose gradients autograd stacks."""
-    return attention(case, dtype, mode, lambda train: windows.projected_contenders(case, dtype)[:2])
+    return attention(case, dtype, mode, lambda train: windows.packed_and_sliced(case))
 
 
 def launches(case: Case, dtype: torch.dtype, mode: str) -> Problem:

@@ -110,11 +110,12 @@ def neighborhood_problem(case: Case, dtype: torch.dtype, train: bool, wanted: It
 def projected_problem(case: Case, dtype: torch.dtype, train: bool) -> Problem:
     """From what a projection leaves, in training to its gradient."""
     query, key, value, rpb, _, _ = case.inputs(dtype)
+    peers_of_windows = [] if case.shift is None else windows.projected_window_peers(case, dtype, train)
     return Problem(
         tensors=dict(query=query, key=key, value=value, rpb=rpb),
         dout=torch.randn_like(value) if train else None,
         exact=exact_attention(case),
-        contenders=windows.projected_contenders(case, dtype),
+        contenders=[*windows.packed_and_sliced(case), *peers_of_windows],
         flops=useful_flops(pairs_of(case), case.head_dim, train),
         bytes=attention_bytes(query.numel(), dtype.itemsize, train),
         tolerance=TOLERANCE[dtype],

@@ -224,28 +224,32 @@ def projected(to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) 
     return Layout(pack, unpack)
 
 
-def projected_contenders(case: Case, dtype: torch.dtype) -> list[Contender]:
-    """Ours packed and from three slices; for windows Swin's path, SDPA and timm, whose qkv comes in windows already."""
+def projected_windows(swin: Swin) -> Layout:
+    """qkv [B * windows, N, 3, h, d]: in windows already, which spares a peer the roll and the partition of its input."""
+    return projected(
+        lambda x: partition(x, swin.window, swin.shift), lambda x: reverse(x, swin.window, swin.shift, swin.spatial)
+    )
+
+
+def packed_and_sliced(case: Case) -> list[Contender]:
+    """Ours from one qkv, packed and by its three slices."""
     as_map = projected(lambda x: x, lambda x: x)
-    ours = [
+    return [
         Contender(OURS, lambda: packed_attend(case), as_map),
         Contender("of three slices", lambda: of_slices(fused_attend(case)), as_map),
     ]
-    if case.shift is None:
-        return ours
-    swin = Swin(case, dtype, train=True)
-    in_windows = projected(
-        lambda x: partition(x, swin.window, swin.shift), lambda x: reverse(x, swin.window, swin.shift, swin.spatial)
-    )
+
+
+def projected_window_peers(case: Case, dtype: torch.dtype, train: bool) -> list[Contender]:
+    swin = Swin(case, dtype, train)
 
     def to_map(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         run = of_slices(attend)
         return lambda qkv, rpb: reverse(run(qkv, rpb), swin.window, swin.shift, swin.spatial)
 
     return [
-        *ours,
-        Contender("Swin's path", lambda: to_map(swin.attend), in_windows),
-        Contender("SDPA per window", lambda: to_map(swin.attend_sdpa), in_windows),
+        Contender("Swin's path", lambda: to_map(swin.attend), projected_windows(swin)),
+        Contender("SDPA per window", lambda: to_map(swin.attend_sdpa), projected_windows(swin)),
         timm_windows(case, dtype, swin),
     ]
 
@@ -296,8 +300,8 @@ def timm_block(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = Fals
 
 
 def timm_windows(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = False) -> Contender:
-    """timm's WindowAttention without its projections: they pass on a qkv that is in windows already, which spares timm the
-    roll and the partition of their input; the result leaves as a map."""
+    """timm's WindowAttention without its projections, which pass on a qkv that is in windows already; the result leaves as a
+    map."""
 
     def build() -> Callable[..., Tensor]:
         module = timm_attention(case, dtype, swin)
@@ -305,24 +309,20 @@ def timm_windows(case: Case, dtype: torch.dtype, swin: Swin, compiled: bool = Fa
 
         def run(qkv: Tensor, rpb: Tensor) -> Tensor:
             given = {"relative_position_bias_table": rpb}
-            out = torch.func.functional_call(module, given, (qkv,), {"mask": swin.mask})
+            out = torch.func.functional_call(module, given, (qkv.flatten(2),), {"mask": swin.mask})
             return reverse(out.unflatten(-1, (case.heads, -1)), swin.window, swin.shift, case.spatial)
 
         return run
 
-    names = "query", "key", "value"
+    layout = projected_windows(swin)
 
     def pack(tensors: Tensors) -> Tensors:
-        qkv = torch.stack([partition(tensors[name], swin.window, swin.shift) for name in names], 2).flatten(2)
-        rest = {name: x for name, x in tensors.items() if name == "dout"}
-        return {"qkv": qkv, "rpb": to_timm_table(tensors["rpb"])} | rest
+        packed = layout.pack(tensors)
+        return packed | {"rpb": to_timm_table(packed["rpb"])}
 
     def unpack(results: Tensors) -> Tensors:
-        if "qkv" not in results:
-            return results
-        parts = results["qkv"].unflatten(-1, (3, case.heads, -1)).unbind(2)
-        maps = (reverse(part, swin.window, swin.shift, swin.spatial) for part in parts)
-        return {"out": results["out"], "rpb": tables.swin_to_nat(results["rpb"], swin.window), **dict(zip(names, maps))}
+        found = layout.unpack(results)
+        return found | ({"rpb": tables.swin_to_nat(found["rpb"], swin.window)} if "rpb" in found else {})
 
     return timm_contender(build, Layout(pack, unpack), compiled)
 

@@ -75,7 +75,11 @@ FUSED = {
     "rpb-integer": ({"rpb": torch.zeros(4, 5, 5, dtype=torch.int32)}, TypeError, "rpb must be a floating-point tensor"),
     "rpb-not-a-tensor": ({"rpb": 0.0}, TypeError, "rpb must be a floating-point tensor"),
     "rpb-sparse": ({"rpb": torch.zeros(4, 5, 5).to_sparse()}, TypeError, "rpb must be"),
-    "rpb-device": ({"rpb": torch.zeros(4, 5, 5, device="meta")}, ValueError, "rpb must be on query's device"),
+    "rpb-device": (
+        {"rpb": torch.zeros(4, 5, 5, device="meta")},
+        ValueError,
+        "rpb must be on the other tensors' device, cpu, got meta",
+    ),
     "scale-text": ({"scale": "1"}, ValueError, "scale must be a finite number"),
     "scale-nan": ({"scale": math.nan}, ValueError, "scale must be a finite number"),
     "scale-infinite": ({"scale": math.inf}, ValueError, "scale must be a finite number"),

@@ -296,6 +296,7 @@ ERRORS = {
     "integer": ({"qkv": wrong(dtype=torch.int64)}, TypeError, "qkv must be float64, float32, bfloat16 or float16"),
     "head-dim": ({"qkv": wrong(1, 6, 7, 3, 2, 0)}, ValueError, r"head_dim\) must hold at least 1"),
     "heads": ({"rpb": wrong(3, 5, 5)}, ValueError, "rpb must have shape"),
+    "device": ({"rpb": wrong(2, 5, 5).to("meta")}, ValueError, "rpb must be on the other tensors' device, .*, got meta"),
     "scale": ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
     "dropout": ({"dropout_p": "much"}, ValueError, "dropout_p must be a number between 0 and 1"),
 }

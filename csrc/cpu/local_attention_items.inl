@@ -102,7 +102,7 @@ struct Worker {
   // Whether a tensor can be read in place: no conversion, no padding.
   static bool in_place(int64_t channels) { return std::is_same_v<S, T> && channels % L == 0; }
   // Whether a box of keys finds room in the caches as it lies. Columns that a multiple of eight rows separates, those of other
-  // heads, share an eighth of the first-level cache's sets or less; then, and beyond 2 KB, a copy is faster (docs/design/cpu.md).
+  // heads, share an eighth of the first-level cache's sets or less; then a copy is faster, and beyond 2 KB no slower.
   bool is_near(const View& view, int64_t channels) const {
     const int64_t step = column_step(view), most = 2048 / static_cast<int64_t>(sizeof(T));
     return step == 0 || (step <= most && step % (8 * channels) != 0);

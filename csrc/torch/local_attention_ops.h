@@ -47,7 +47,7 @@ struct LocalAttentionOps {
     return forward(query, key, value, rpb, kernel_size, stride, dilation, kind, shift, scale);
   }
 
-  // The gradients of query, key and value are written where dqkv has them.
+  // The gradients of query, key and value are written where dqkv has them; sums in fp32 are rounded into it.
   static std::tuple<Tensor, Tensor> qkvpacked_backward(Tensor dout, std::optional<Tensor> dlse, Tensor qkv,
                                                        std::optional<Tensor> rpb, Tensor out, Tensor lse, Ints kernel_size,
                                                        Ints stride, Ints dilation, Ints kind, Ints shift, double scale,

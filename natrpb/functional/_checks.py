@@ -86,7 +86,7 @@ def check_rpb(rpb, heads, pattern: Pattern, device):
     if rpb.shape != expected:
         raise ValueError(f"rpb must have shape {list(expected)} (heads, 2 K - 1 per axis), got {list(rpb.shape)}")
     if rpb.device != device:
-        raise ValueError(f"rpb must be on query's device, {device}, got {rpb.device}")
+        raise ValueError(f"rpb must be on the other tensors' device, {device}, got {rpb.device}")
 
 
 def share_heads(x: Tensor, heads: int) -> Tensor:

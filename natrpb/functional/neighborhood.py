@@ -237,11 +237,9 @@ def _neighborhood_attention(
     additional_keys, additional_values, dropout_p, return_lse,
 ):  # fmt: skip
     check_attention_inputs(query, key, value, ndim)
-    _, *spatial, heads, head_dim = query.shape
-    pattern = _checked_pattern(spatial, kernel_size, stride, dilation, is_causal)
+    heads = query.shape[-2]
+    pattern, scale = _checked(query, query.shape[1:-2], kernel_size, stride, dilation, is_causal, rpb, scale)
     check_probability("dropout_p", dropout_p)
-    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
-    check_rpb(rpb, heads, pattern, query.device)
     _check_additional(additional_keys, additional_values, key, value)
 
     key, value = share_heads(key, heads), share_heads(value, heads)
@@ -266,19 +264,19 @@ def _neighborhood_attention_qkvpacked(
             ndim, *qkv.unbind(-3), kernel_size, stride, dilation, is_causal, rpb, scale,
             additional_keys, additional_values, dropout_p, return_lse,
         )  # fmt: skip
-    _, *spatial, _, heads, head_dim = qkv.shape
-    pattern = _checked_pattern(spatial, kernel_size, stride, dilation, is_causal)
-    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
-    check_rpb(rpb, heads, pattern, qkv.device)
+    pattern, scale = _checked(qkv, qkv.shape[1:-3], kernel_size, stride, dilation, is_causal, rpb, scale)
     out, lse = ops.local_attention_qkvpacked(qkv, rpb, pattern, scale)
     return (out, lse) if return_lse else out
 
 
-def _checked_pattern(spatial, kernel_size, stride, dilation, is_causal):
-    """The pattern of neighborhoods, which fits maps of this size."""
+def _checked(x, spatial, kernel_size, stride, dilation, is_causal, rpb, scale):
+    """The pattern, which fits the map, and the scale of a call on x [..., heads, D]; rpb fits both."""
     pattern = neighborhood_pattern(len(spatial), kernel_size, stride, dilation, is_causal)
     check_fits(pattern, spatial)
-    return pattern
+    heads, head_dim = x.shape[-2:]
+    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
+    check_rpb(rpb, heads, pattern, x.device)
+    return pattern, scale
 
 
 def _with_dropout(query, key, value, rpb, pattern, scale, additional_keys, additional_values, dropout_p):

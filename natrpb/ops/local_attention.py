@@ -57,7 +57,7 @@ class _Fused(Function):
 
     @staticmethod
     def jvp(ctx, tquery, tkey, tvalue, trpb, *_):
-        return _forward_tangents(ctx.saved_tensors, (tquery, tkey, tvalue, trpb), ctx.pattern, ctx.scale)
+        return _forward_tangents(ctx, ctx.saved_tensors, (tquery, tkey, tvalue, trpb))
 
 
 class _Packed(Function):
@@ -79,7 +79,7 @@ class _Packed(Function):
     @staticmethod
     def jvp(ctx, tqkv, trpb, *_):
         qkv, rpb = ctx.saved_tensors
-        return _forward_tangents((*_unpacked(qkv), rpb), (*_unpacked(tqkv), trpb), ctx.pattern, ctx.scale)
+        return _forward_tangents(ctx, (*_unpacked(qkv), rpb), (*_unpacked(tqkv), trpb))
 
 
 def _keep_forward(ctx, tensors: int, inputs, output) -> None:
@@ -175,12 +175,12 @@ def _packed(parts, like: Tensor) -> Tensor | None:
     return torch.stack([zeros if part is None else part for part in parts], _THIRDS)
 
 
-def _forward_tangents(primals, tangents, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_tangents(ctx, primals, tangents) -> tuple[Tensor, Tensor]:
     """The tangents of (out, lse) from those of (query, key, value, rpb)."""
     query, key, value, rpb = primals
     *tangents, trpb = tangents
-    wide = wide_dtype(value.dtype)
-    q, k, v, tq, tk, tv = heads_first(wide, query, key, value, *tangents)
+    pattern, scale = ctx.pattern, ctx.scale
+    q, k, v, tq, tk, tv = heads_first(wide_dtype(value.dtype), query, key, value, *tangents)
     p = local_qk(q * scale, k, rpb, pattern).softmax(-1)
     ts = sum_of(*score_tangents(q, k, tq, tk, trpb, pattern, scale))
     tout = None if tv is None else local_av(p, tv, pattern)
