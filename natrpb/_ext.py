@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def _load_core():
         return None
 
 
+def _check_isa() -> None:
+    """Warns of an instruction set that NATRPB_ISA asks for in vain."""
+    wanted = os.environ.get("NATRPB_ISA")
+    if core and wanted and wanted != core.isa():
+        names = ", ".join(core.isa_names())
+        what = f"NATRPB_ISA must be one of {names} on this machine, got {wanted!r}; natrpb uses {core.isa()}"
+        warnings.warn(what, RuntimeWarning, stacklevel=_stacklevel())
+
+
+def _stacklevel() -> int:
+    """For a warning from the function that asks: the level of the nearest caller outside of this package.
+
+    NB: `warnings` does not count importlib's frames either.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and (package := frame.f_globals.get("__name__", "").partition(".")[0]) in ("natrpb", "importlib"):
+        level, frame = level + (package == "natrpb"), frame.f_back
+    return level
+
+
 def _load_cuda_library() -> str | None:
     """Loads the CUDA kernels of the ops; returns why not, or None."""
     if reason is not None:
@@ -55,6 +76,7 @@ def _load_cuda_library() -> str | None:
 
 reason = _load_library()
 core = _load_core()
+_check_isa()
 cuda_reason = _load_cuda_library()
 compiled_ops = {
     device: frozenset(
@@ -122,7 +144,7 @@ def runs_compiled(device: torch.device, op: str) -> bool:
             "natrpb runs on the plain PyTorch reference, which is slow and stores every attention weight: "
             f"{why or f'there are no kernels of {op} for {device.type!r} tensors'}. See natrpb.info().",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=_stacklevel(),
         )
     return False
 

@@ -13,10 +13,13 @@ holds the same rules for the compiled code.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
 NEIGHBORHOOD, CAUSAL, WINDOW = 0, 1, 2
+MOST_SLOTS = 2**31  # of one query in the compiled ops
 
 
 class Pattern(NamedTuple):
@@ -55,17 +58,24 @@ def per_axis(name: str, given, ndim: int, kind: type = int) -> tuple:
     """
 
     if _is_one(given, kind):
-        return (given,) * ndim
+        return (_plain(given, kind),) * ndim
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != ndim:
             raise ValueError(f"{name} must be one {kind.__name__} or {ndim} of them, got {len(given)}: {given!r}")
         if all(_is_one(item, kind) for item in given):
-            return tuple(given)
+            return tuple(_plain(item, kind) for item in given)
     raise TypeError(f"{name} must be {kind.__name__} or a sequence of {ndim} {kind.__name__}, got {given!r}")
 
 
 def _is_one(item, kind: type) -> bool:
-    return isinstance(item, kind) and (kind is bool or not isinstance(item, bool))
+    if kind is bool or isinstance(item, bool):
+        return kind is bool and isinstance(item, bool)
+    return isinstance(item, (int, numbers.Integral))  # NB: int first, which is found faster
+
+
+def _plain(item, kind: type):
+    """NumPy's numbers as Python's; a compiler's symbolic ones stay what they are."""
+    return item if isinstance(item, kind) else kind(item)
 
 
 def neighborhood_pattern(ndim: int, kernel_size, stride=1, dilation=1, is_causal=False) -> Pattern:
@@ -94,11 +104,13 @@ def window_pattern(ndim: int, window_size, shift_size=0) -> Pattern:
     """Builds and checks the pattern of (shifted) windowed attention.
 
     Raises:
-        ValueError: window_size < 1 or shift_size outside [0, window_size).
+        ValueError: window_size < 1 or larger than `MOST_SLOTS` over all axes, or shift_size outside [0, window_size).
         TypeError: arguments of another type.
     """
     window = per_axis("window_size", window_size, ndim)
     shift = per_axis("shift_size", shift_size, ndim)
+    if math.prod(window) > MOST_SLOTS:
+        raise ValueError(f"window_size must span at most {MOST_SLOTS} positions over all axes, got {list(window)}")
     for axis, (w, s) in enumerate(zip(window, shift)):
         if w < 1:
             raise ValueError(f"window_size must be at least 1, got {w} on axis {axis}")

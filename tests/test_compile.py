@@ -105,6 +105,36 @@ def test_compiled_model_trains_in_one_graph(dynamic):
             close(ours, eager)
 
 
+MODULES = {
+    "neighborhood": lambda: natrpb.NeighborhoodAttention2D(16, 2, 3),
+    "window": lambda: natrpb.WindowAttention(16, 4, 2, shift_size=2),
+    "window-v2": lambda: natrpb.WindowAttentionV2(16, 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_modules_train_in_one_graph_of_any_size(name):
+    torch._dynamo.reset()
+    module = MODULES[name]()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((3, 9, 11, 16), (2, 8, 13, 16)):
+        x = torch.randn(shape)
+        results = []
+        for function in (compiled, module):
+            out = function(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()), allow_unused=True)])
+        for ours, eager in zip(*results):
+            close(ours, eager, 1e-5)
+
+
+def test_a_compiled_scale_may_change():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, scale: natrpb.na2d(x, x, x, 3, scale=scale), fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 6, 7, 2, 8)
+    for scale in (0.3, 0.7, 0.9):
+        close(compiled(x, scale), natrpb.na2d(x, x, x, 3, scale=scale), 1e-6)
+
+
 def test_dynamic_shapes_compile_once():
     torch._dynamo.reset()
     graphs = []
@@ -318,6 +348,26 @@ def test_autocast_of_the_unfused_ops():
         out = natrpb.na2d_av(scores.softmax(-1), value, 3)
     assert scores.dtype == out.dtype == torch.bfloat16
     close(scores, natrpb.na2d_qk(query.bfloat16(), key.bfloat16(), 3, rpb=inputs.rpb), 0.0)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-12], ids=["fused", "unfused"])
+def test_autocast_of_additional_keys_equals_casting_by_hand(dropout_p):
+    query, key, value, rpb, *_ = Case((6, 7), 3).inputs(torch.float32)
+    tokens = 3 * torch.randn(2, 1, 4, 2, 8)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        keys, values = tokens.to(dtype)
+        with torch.autocast(query.device.type, torch.bfloat16, enabled=dtype == torch.float32):
+            results.append(
+                natrpb.na2d(
+                    *(x.to(dtype) for x in (query, key, value)), 3, rpb=rpb, return_lse=True,
+                    additional_keys=keys, additional_values=values, dropout_p=dropout_p,
+                )
+            )  # fmt: skip
+    (out, lse), (expected, expected_lse) = results
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    close(out, expected, 0.0)
+    close(lse, expected_lse, 0.0)
 
 
 def test_autocast_leaves_float64_alone():

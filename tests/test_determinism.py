@@ -150,5 +150,14 @@ def test_instruction_set_is_chosen_by_the_environment(isa):
 
 @cpu_only
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="natrpb was built without its compiled ops")
-def test_unknown_instruction_set_in_the_environment_is_passed_over():
-    assert run_with_isa("no-such-set", "import natrpb; print(natrpb.info()['isa'])") in INSTRUCTION_SETS
+def test_unknown_instruction_set_in_the_environment_is_passed_over_and_named():
+    script = """
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import natrpb
+(warning,) = [w for w in said if "NATRPB_ISA" in str(w.message)]
+assert "got 'no-such-set'" in str(warning.message) and warning.filename == "<string>"
+print(natrpb.info()["isa"])
+"""
+    assert run_with_isa("no-such-set", script) in INSTRUCTION_SETS

@@ -33,6 +33,11 @@ FUSED = {
     "key-head-dim": ({"key": map2d(2, 6, 7, 4, 9)}, ValueError, "key must have query's shape"),
     "key-dtype": ({"key": map2d(dtype=torch.float64)}, TypeError, "key must have query's dtype"),
     "key-device": ({"key": map2d(device="meta")}, ValueError, "key must be on query's device"),
+    "query-nested": (
+        {"query": torch.nested.nested_tensor([map2d(6, 7, 4, 8)])},
+        TypeError,
+        "must be a dense tensor, got a nested",
+    ),
     "key-missing": ({"key": None}, TypeError, "key must be a tensor"),
     "value-shape": ({"value": map2d(2, 7, 6, 4, 8)}, ValueError, "value must have key's shape"),
     "value-heads": ({"value": map2d(2, 6, 7, 2, 8)}, ValueError, "value must have key's shape"),
@@ -228,6 +233,26 @@ def test_lists_and_sizes_count_as_sequences():
     expected = natrpb.na2d(query, key, value, (3, 4), (1, 2), (2, 1), (True, False))
     close(natrpb.na2d(query, key, value, [3, 4], [1, 2], [2, 1], [True, False]), expected, 0.0)
     close(natrpb.na2d(query, key, value, torch.Size((3, 4)), (1, 2), (2, 1), (True, False)), expected, 0.0)
+
+
+def test_numbers_may_be_numpys():
+    np = pytest.importorskip("numpy")
+    query, key, value = map2d(), map2d(), map2d()
+    expected = natrpb.na2d(query, key, value, (3, 4), 1, 1, scale=0.5)
+    ours = natrpb.na2d(query, key, value, (np.int64(3), 4), np.int32(1), np.uint8(1), scale=np.float32(0.5))
+    close(ours, expected, 0.0)
+    close(natrpb.na2d(query, key, value, (3, 4), scale=0.5, dropout_p=np.float64(0)), expected, 0.0)
+    assert natrpb.WindowAttention(8, np.int64(4), 2, np.int64(1)).window_size == (4, 4)
+
+
+def test_dtypes_that_autocast_does_not_join():
+    query, key = map2d(dtype=torch.float64), map2d()
+    for one, other in ((query, key), (key, query)):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="key must have query's dtype"):
+            natrpb.na2d(one, other, other, 3)
+    meta = map2d(device="meta")
+    with pytest.raises(TypeError, match="key must have query's dtype"):
+        natrpb.na2d(meta, meta.half(), meta.half(), 3)
 
 
 def test_scale_may_be_an_int():

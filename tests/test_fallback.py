@@ -34,6 +34,7 @@ with warnings.catch_warnings(record=True) as said:
 
 torch.save([out.detach(), *gradients, scores.detach()], sys.argv[2])
 ours = [str(w.message) for w in said if "natrpb" in str(w.message)]
+assert all(w.filename == "<string>" for w in said if "natrpb" in str(w.message)), "a warning names its caller"
 print(json.dumps({"warnings": ours, "info": natrpb.info()}))
 """
 

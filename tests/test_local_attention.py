@@ -319,6 +319,15 @@ def test_dropout_drops_each_weight_with_its_probability(tokens):
     close(lse, torch.full_like(lse, math.log(count)), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_dropout_keeps_scores_in_float32(dtype):
+    """Beyond what 16 bits hold, or hold exactly, as the fused op does."""
+    query, key, value = (60 * x for x in Case((6, 7), 3, heads=2, head_dim=64).inputs(dtype)[:3])
+    plain = natrpb.na2d(query, key, value, 3)
+    assert plain.isfinite().all()
+    close(natrpb.na2d(query, key, value, 3, dropout_p=1e-12), plain, 0.02)
+
+
 def test_dropout_of_nothing_and_of_everything():
     query, key, value, table, *_ = Case((6, 7), 3).inputs()
     plain = natrpb.na2d(query, key, value, 3, rpb=table)

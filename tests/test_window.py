@@ -359,6 +359,48 @@ def test_wrong_module_input():
         WindowAttention(8, 4, 2)(torch.zeros(2, 16, 8))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"qk_scale": 0.5, "tau": 0.1}, "qk_scale and tau exclude each other"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"head_dim": -1}, "head_dim must be at least 1, got -1"),
+    ],
+    ids=str,
+)
+def test_module_arguments_that_do_not_fit(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        WindowAttention(8, 4, 2, **arguments)
+
+
+@pytest.mark.parametrize("kind", [WindowAttention, WindowAttentionV2])
+def test_official_buffers_are_passed_over(kind):
+    attention, state = kind(8, 4, 2), kind(8, 4, 2).state_dict()
+    official = state | {"relative_position_index": torch.zeros(16, 16), "relative_coords_table": torch.zeros(1, 7, 7, 2)}
+    attention.load_state_dict(official)
+    assert all(torch.equal(value, state[name]) for name, value in attention.state_dict().items())
+    assert "relative_position_index" in official
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        attention.load_state_dict(state | {"relative_index": torch.zeros(1)})
+
+
+def test_offsets_are_made_where_the_weights_come_to():
+    trained = WindowAttentionV2(8, 4, 2)
+    expected = trained.cpb_mlp.coords
+    with torch.device("meta"):
+        emptied, assigned, fresh = (WindowAttentionV2(8, 4, 2) for _ in range(3))
+    emptied.to_empty(device=expected.device).load_state_dict(trained.state_dict())
+    assigned.load_state_dict(trained.state_dict(), assign=True)
+    fresh.to_empty(device=expected.device)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for attention in (emptied, assigned, fresh):
+        assert torch.equal(attention.cpb_mlp.coords, expected)
+    x = torch.randn(1, 8, 8, 8)
+    assert torch.equal(emptied(x), trained(x)) and torch.equal(assigned(x), trained(x))
+
+
 @pytest.mark.parametrize("kind", [WindowAttention, WindowAttentionV2])
 def test_autocast(kind):
     attention = kind(32, 4, 2, shift_size=2)
@@ -436,8 +478,7 @@ def test_geometric_resizing_keeps_constants_centre_and_untouched_axes():
         rpb.resize(torch.ones(1, 3, 3), 3, "geometric_cubic")
 
 
-@needs_compiled
 def test_a_window_beyond_all_memory_is_refused():
-    x = torch.zeros(1, 4, 1, 2)
-    with pytest.raises(RuntimeError, match="kernel_size must span at most"):
-        window_attention(x, x, x, window_size=10**18)
+    x = torch.zeros(1, 4, 4, 1, 2)
+    with pytest.raises(ValueError, match="window_size must span at most 2147483648 positions"):
+        window_attention(x, x, x, window_size=10**6)

@@ -26,8 +26,12 @@ def attention_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         By module name, in order of execution: [B, *spatial, C], without gradients.
     """
     inputs: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        return lambda _, args, kwargs: inputs.update({name: (args[0] if args else kwargs["x"]).detach()})
+
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+        module.register_forward_pre_hook(keep(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, _ATTENTION)
     ]

@@ -19,10 +19,11 @@ from .neighborhood import (
     na3d_qkvpacked,
 )
 from .relative import axial_attention, huang_attention, sasa_attention, shaw_attention, transformer_xl_attention
-from .window import window_attention, window_attention_qkvpacked
+from .window import crop_from_windows, pad_to_windows, window_attention, window_attention_qkvpacked
 
 __all__ = [
     "axial_attention",
+    "crop_from_windows",
     "huang_attention",
     "irpe_attention",
     "na1d",
@@ -37,6 +38,7 @@ __all__ = [
     "na3d_av",
     "na3d_qk",
     "na3d_qkvpacked",
+    "pad_to_windows",
     "rpe_index",
     "sasa_attention",
     "shaw_attention",

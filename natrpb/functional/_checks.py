@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
+from ..ops._common import autocasts
 from ..patterns import Pattern
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -18,14 +20,15 @@ def check_tensor(name, given, rank, layout, like=None):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(given).__name__}")
     if given.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {given.dtype}")
-    if given.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {given.layout}")
+    if given.layout != torch.strided or given.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if given.is_nested else given.layout}")
     if given.dim() != rank:
         raise ValueError(f"{name} must have shape {layout}, got {list(given.shape)}")
     if like is not None:
         if given.device != like.device:
             raise ValueError(f"{name} must be on query's device, {like.device}, got {given.device}")
-        if given.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        cast = autocasts(like.device) and torch.float64 not in (given.dtype, like.dtype)
+        if given.dtype != like.dtype and not cast:
             raise TypeError(f"{name} must have query's dtype, {like.dtype}, got {given.dtype}")
 
 
@@ -53,18 +56,18 @@ def check_qkvpacked(qkv, ndim: int):
 
 
 def check_probability(name: str, given) -> None:
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+    if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 <= given <= 1:
         raise ValueError(f"{name} must be a number between 0 and 1, got {given!r}")
 
 
 def finite_float(name, given) -> float:
     """The number as a float; ValueError where it is none or not finite."""
-    if isinstance(given, int | float) and not isinstance(given, bool):
+    if isinstance(given, numbers.Real) and not isinstance(given, bool):
         try:
             number = float(given)
         except OverflowError:
             number = math.inf
-        if math.isfinite(number):
+        if -math.inf < number < math.inf:  # NB: a compiler's symbolic number does not go through math.isfinite
             return number
     raise ValueError(f"{name} must be a finite number or None, got {given!r}")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops._common import as_autocast, wide_dtype, without_autocast
 from ..patterns import check_fits, neighborhood_pattern
 from ._checks import (
     AXES,
@@ -281,30 +282,33 @@ def _checked(x, spatial, kernel_size, stride, dilation, is_causal, rpb, scale):
 
 def _with_dropout(query, key, value, rpb, pattern, scale, additional_keys, additional_values, dropout_p):
     """Attention with dropout on the weights, from the unfused ops; heads-last in and out."""
-    first = [x.movedim(-2, 1) for x in (query, key, value)]  # [B, heads, *, D]
-    scores = ops.local_qk(first[0] * scale, first[1], rpb, pattern)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scores = scores.to(wide)
-    if additional_keys is not None:
-        extra = torch.einsum("b...hd,bthd->bh...t", query.to(wide), additional_keys.to(wide)) * scale
-        scores = torch.cat([scores, extra], dim=-1)
-    lse = scores.logsumexp(-1).movedim(1, -1)
-    weights = torch.dropout(scores.softmax(-1), dropout_p, True).to(value.dtype)
-    slots = pattern.num_slots
-    out = ops.local_av(weights[..., :slots], first[2], pattern).movedim(1, -2)
-    if additional_keys is not None:
-        out = out + torch.einsum("bh...t,bthd->b...hd", weights[..., slots:], additional_values.to(value.dtype))
+    query, key, value, additional_keys, additional_values = as_autocast(query, key, value, additional_keys, additional_values)
+    wide = wide_dtype(query.dtype)
+    with without_autocast(query.device):
+        wide_query, wide_key = (x.movedim(-2, 1).to(wide) for x in (query, key))  # [B, heads, *, D]
+        scores = ops.local_qk(wide_query * scale, wide_key, rpb, pattern)
+        if additional_keys is not None:
+            extra = torch.einsum("b...hd,bthd->bh...t", query.to(wide), additional_keys.to(wide)) * scale
+            scores = torch.cat([scores, extra], dim=-1)
+        lse = scores.logsumexp(-1).movedim(1, -1)
+        weights = torch.dropout(scores.softmax(-1), dropout_p, True).to(value.dtype)
+        slots = pattern.num_slots
+        out = ops.local_av(weights[..., :slots], value.movedim(-2, 1), pattern).movedim(1, -2)
+        if additional_keys is not None:
+            out = out + torch.einsum("bh...t,bthd->b...hd", weights[..., slots:], additional_values)
     return out, lse
 
 
 def _merge_additional(out, lse, query, additional_keys, additional_values, scale):
     """Adds keys that every query sees: a second attention, merged by the two log-sum-exps."""
-    scores = torch.einsum("b...hd,bthd->b...ht", query.to(lse.dtype), additional_keys.to(lse.dtype)) * scale
-    extra_lse = scores.logsumexp(-1)
-    extra = torch.einsum("b...ht,bthd->b...hd", scores.softmax(-1), additional_values.to(lse.dtype))
-    # The shares exp(lse - total) as sigmoids, which sum to one however large the scores are.
-    merged = out * (lse - extra_lse).sigmoid()[..., None] + extra * (extra_lse - lse).sigmoid()[..., None]
-    return merged.to(out.dtype), torch.logaddexp(lse, extra_lse)
+    query, keys, values = (x.to(lse.dtype) for x in as_autocast(query, additional_keys, additional_values))
+    with without_autocast(query.device):
+        scores = torch.einsum("b...hd,bthd->b...ht", query, keys) * scale
+        extra_lse = scores.logsumexp(-1)
+        extra = torch.einsum("b...ht,bthd->b...hd", scores.softmax(-1), values)
+        # The shares exp(lse - total) as sigmoids, which sum to one however large the scores are.
+        merged = out * (lse - extra_lse).sigmoid()[..., None] + extra * (extra_lse - lse).sigmoid()[..., None]
+        return merged.to(out.dtype), torch.logaddexp(lse, extra_lse)
 
 
 def _qk(ndim, query, key, kernel_size, dilation, is_causal, rpb):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
+from ..ops._common import as_autocast, wide_dtype, without_autocast
 from ..patterns import Pattern, window_pattern
 from ._checks import (
     AXES,
@@ -49,7 +50,7 @@ def window_attention(
     (Liu et al. 2022, eq. 2). Windows of W positions begin at shift_size - W, shift_size, shift_size + W, ...; the border
     cuts the first and the last. On maps whose sides W divides this is what cyclic shift and region mask compute. The maps
     may have any size; libraries that pad others first are followed by padding the input of the qkv projection, see
-    `natrpb.WindowAttention` and `pad_to_windows`.
+    `natrpb.WindowAttention` and `natrpb.functional.pad_to_windows`.
 
     Args:
         query: [B, *spatial, heads, D] with one to three spatial axes, fp64, fp32, bf16 or fp16; any strides.
@@ -265,25 +266,23 @@ def _check_dense_bias(dense_bias, heads, pattern, query):
         raise ValueError(f"dense_bias must be on query's device, {query.device}, got {dense_bias.device}")
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
     """Query and key whose plain product, with scale 1, is exp(min(logit_scale, log 100)) * cos(query, key)."""
-    factor = logit_scale.to(_wide(query.dtype)).flatten().clamp(max=MAX_LOGIT_SCALE).exp()
+    factor = logit_scale.to(wide_dtype(query.dtype)).flatten().clamp(max=MAX_LOGIT_SCALE).exp()
     return ops.l2_normalize(query, factor), ops.l2_normalize(key), 1.0
 
 
 def _unfused(query, key, value, rpb, dense_bias, pattern, scale, dropout_p):
     """Attention with a dense bias or dropout, from the unfused ops; heads-last in and out."""
-    query, key, value = (x.movedim(-2, 1) for x in (query, key, value))  # [B, heads, *, D]
-    scores = ops.local_qk(query * scale, key, rpb, pattern).to(_wide(query.dtype))
-    if dense_bias is not None:
-        scores = scores + _window_bias(dense_bias, pattern, query.shape[2:-1])
-    lse = scores.logsumexp(-1).movedim(1, -1)
-    weights = torch.dropout(scores.softmax(-1), dropout_p, True).to(value.dtype)
-    return ops.local_av(weights, value, pattern).movedim(1, -2), lse
+    query, key, value = (x.movedim(-2, 1) for x in as_autocast(query, key, value))  # [B, heads, *, D]
+    wide = wide_dtype(query.dtype)
+    with without_autocast(query.device):
+        scores = ops.local_qk(query.to(wide) * scale, key.to(wide), rpb, pattern)
+        if dense_bias is not None:
+            scores = scores + _window_bias(dense_bias, pattern, query.shape[2:-1])
+        lse = scores.logsumexp(-1).movedim(1, -1)
+        weights = torch.dropout(scores.softmax(-1), dropout_p, True).to(value.dtype)
+        return ops.local_av(weights, value, pattern).movedim(1, -2), lse
 
 
 def _window_bias(dense_bias: Tensor, pattern: Pattern, spatial: Sequence[int]) -> Tensor:

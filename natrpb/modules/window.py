@@ -37,7 +37,8 @@ class WindowAttention(nn.Module):
         position_bias: "table" learns a bias per head and relative offset, "shared_table" one table for all heads, "dense"
             a bias [N, N] of every pair of positions of a window, shared by all heads (unfused, stores the weights),
             "none" no bias.
-        tau: if given, cosine attention with this temperature: scores are cos(q, k) / max(tau, 0.01) plus the bias.
+        tau: if given, cosine attention with this temperature: scores are cos(q, k) / max(tau, 0.01) plus the bias; not
+            together with qk_scale.
         padding: what is done where W does not divide the map. "cut": windows end at the border. "pad_then_roll"
             (mmdetection, torchvision, Hugging Face) and "roll_then_pad" (timm) append zero tokens, which attend and are
             attended to with the qkv bias as their query, key and value, and differ in their place in shifted windows.
@@ -76,6 +77,8 @@ class WindowAttention(nn.Module):
             raise ValueError(f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, got {position_bias!r}")
         if tau is not None and tau <= 0:
             raise ValueError(f"tau must be positive, got {tau}")
+        if tau is not None and qk_scale is not None:
+            raise ValueError("qk_scale and tau exclude each other")
         self._configure(dim, window_size, num_heads, shift_size, head_dim, attn_drop, padding, small_maps)
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.tau = tau
@@ -95,13 +98,16 @@ class WindowAttention(nn.Module):
         """Checks and keeps what v1 and v2 share."""
         if dim < 1 or num_heads < 1 or (head_dim is None and dim % num_heads):
             raise ValueError(f"dim must be a positive multiple of num_heads, got {dim} and {num_heads}")
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if not 0 <= attn_drop <= 1:
             raise ValueError(f"attn_drop must be between 0 and 1, got {attn_drop}")
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}")
         if small_maps not in SMALL_MAPS:
             raise ValueError(f"small_maps must be one of {', '.join(map(repr, SMALL_MAPS))}, got {small_maps!r}")
-        pattern = window_pattern(2 if isinstance(window_size, int) else len(window_size), window_size, shift_size)
+        ndim = len(window_size) if isinstance(window_size, Sequence) else 2
+        pattern = window_pattern(ndim, window_size, shift_size)
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
@@ -114,6 +120,11 @@ class WindowAttention(nn.Module):
         for bias in (self.relative_position_bias_table, self.position_bias):
             if bias is not None:
                 nn.init.trunc_normal_(bias, std=0.02)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in ("relative_position_index", "relative_coords_table"):  # official buffers; here nothing is looked up in them
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, *spatial, dim] -> [B, *spatial, dim]."""
@@ -167,7 +178,8 @@ class WindowAttention(nn.Module):
 class ContinuousPositionBias(nn.Sequential):
     """A bias table from a small MLP over log-spaced relative offsets: 16 * sigmoid(MLP(offset)) (Liu et al. 2022, eq. 3, 4).
 
-    The MLP is Linear, ReLU, Linear without bias; after training it can be asked for another window.
+    The MLP is Linear, ReLU, Linear without bias. Its weights do not depend on the window: another one's table comes from a
+    `ContinuousPositionBias` of that window with the same weights.
 
     Args:
         window_size: W; an int for a square two-dimensional window, a sequence for one to three axes.
@@ -192,11 +204,21 @@ class ContinuousPositionBias(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden_features, num_heads, bias=False),
         )
+        self.window_size, self.pretrained_window_size = window_size, pretrained_window_size
         self.register_buffer("coords", coords.to(self[0].weight), persistent=False)
+        self.register_load_state_dict_post_hook(_reset)
+
+    def reset_parameters(self) -> None:
+        """Makes the offsets anew, which no checkpoint holds: `to_empty` leaves nothing in them. The layers have their own."""
+        self.coords = rpb.log_spaced_coords(self.window_size, self.pretrained_window_size).to(self[0].weight)
 
     def forward(self) -> Tensor:
         """The table, [h, 2 W_0 - 1, ...], indexed by query minus key."""
         return 16 * super().forward(self.coords).sigmoid().movedim(-1, 0)
+
+
+def _reset(bias: ContinuousPositionBias, _) -> None:
+    bias.reset_parameters()
 
 
 class WindowAttentionV2(WindowAttention):

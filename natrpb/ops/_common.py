@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,29 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this device."""
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
+
+
+def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast hands them to an op: in its dtype where it is on; float64 stays, as torch's own rule."""
+    device = tensors[0].device
+    if not autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def without_autocast(device: torch.device):
+    """A context in which every dtype stays as it is."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
 def on_reference(function, casts: int, *args):
     """Calls the reference; under autocast with the first `casts` tensors cast, as the compiled op casts them."""
-    device = args[0].device.type
-    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
-        return function(*args)
-    dtype = torch.get_autocast_dtype(device)
-    cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:casts])
-    with torch.autocast(device, enabled=False):
+    cast = as_autocast(*args[:casts])
+    with without_autocast(args[0].device):
         return function(*cast, *args[casts:])
 
 
