@@ -17,19 +17,36 @@ _library = torch.library.Library("natrpb", "IMPL")
 AUTOCAST_DEVICES = tuple(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
 
+_functions: dict[str, type[_SingleLevelFunction]] = {}  # of each differentiable op
+
+
 def call_op(name: str, *args):
-    """Calls `natrpb::name`; past its autograd kernel, which is Python and costs more than all checks, where none is needed."""
+    """Calls `natrpb::name`, in plain eager code without the way through the dispatcher to its autograd kernel and back.
+
+    That kernel is Python and costs more than all checks. Autocast comes before it, hence not past it.
+    """
     op = getattr(torch.ops.natrpb, name).default
-    if _is_differentiated(args):
+    if _is_transformed():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    if not _requires_grad(args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    device = args[0].device.type
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return op(*args)
+    return _functions[name].apply(*args)
 
 
-def _is_differentiated(args: Sequence) -> bool:
-    """Whether an op's autograd function must see these arguments, in reverse or forward mode; where it is not certain, too."""
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return True
+def _requires_grad(args: Sequence) -> bool:
+    if torch.is_grad_enabled():
+        for a in args:
+            if isinstance(a, Tensor) and a.requires_grad:
+                return True
+    return False
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func, a compiler or forward mode may have to see an op."""
     transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
     return transformed or forward_ad._current_level >= 0
 
@@ -42,10 +59,10 @@ def _has_tangent(args: Sequence) -> bool:
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """Differentiates `natrpb::name` by an autograd function, whose `forward` must call `below_autograd(name, ...)`."""
     op = getattr(torch.ops.natrpb, name).default
-    single_level = _single_level(function)
+    single_level = _functions[name] = _single_level(function)
 
     def autograd(keyset, *args):
-        if _is_differentiated(args) or _has_tangent(args):
+        if _is_transformed() or _requires_grad(args) or _has_tangent(args):
             with enable_single_level_autograd_function():
                 return single_level.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -80,8 +97,12 @@ def below_autograd(name: str, *args):
     NB: `Function.forward` runs with both grad modes off, but under nested transforms of torch.func the op goes on to the next
     level's autograd from here, and that level must record it.
     """
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.natrpb, name).default(*args)
+    op = getattr(torch.ops.natrpb, name).default
+    with torch._C._AutoDispatchBelowAutograd():
+        if not _is_transformed():
+            return op(*args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return op(*args)
 
 
 def register_autocast(name: str, casts: Sequence[int]) -> None:
