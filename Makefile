@@ -46,7 +46,7 @@ demo bench: export NATRPB_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 demo: build $(STAMPS)/demo
 	$(PY) -m examples.digits
 
-test: lint cpp-test build $(STAMPS)/test
+test: lint build cpp-test $(STAMPS)/test
 	$(PY) -m pytest -n 2
 	$(EMULATED_PYTEST)
 
@@ -68,11 +68,13 @@ format: $(STAMPS)/test
 CMAKE := $(VENV)/bin/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release
 
+# Those of the CPU kernels run on the objects of the Python package, and under sanitizers.
 CONFIGURE = torch=$$($(PY) -c 'import torch; print(torch.__path__[0])'); \
-	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_TILE_TWIN=ON -DNATRPB_EMULATOR=ON -DNATRPB_TORCH="$$torch" \
-	         -DNATRPB_CUDA_INCLUDE=$(CUDA_TO_TEST)/include
+	objects=$$($(PY) -c 'import sys, torch; print(f"torch-{torch.__version__}-{sys.implementation.cache_tag}/natrpb._C")'); \
+	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_CPU_OBJECTS="$(CURDIR)/build/$$objects" -DNATRPB_EMULATOR=ON \
+	         -DNATRPB_TORCH="$$torch" -DNATRPB_CUDA_INCLUDE=$(CUDA_TO_TEST)/include
 
-cpp-test: $(STAMPS)/test $(TOOLKIT_STAMP)
+cpp-test: build $(STAMPS)/test $(TOOLKIT_STAMP)
 	$(CONFIGURE)
 	$(CMAKE) --build build/cmake
 	$(VENV)/bin/ctest --test-dir build/cmake --output-on-failure -j 2
