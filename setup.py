@@ -6,8 +6,8 @@ Environment:
     NATRPB_CUDA=0 or 1      leave the CUDA kernels out, or end with an error if there is no nvcc. Otherwise they are built if
                             nvcc is found, also beside a torch without CUDA.
     CUDA_HOME               the CUDA toolkit; without it that of the nvcc on PATH.
-    TORCH_CUDA_ARCH_LIST    architectures, as in 8.0;9.0+PTX; without it those of the GPUs that torch sees, or else 8.0, 9.0,
-                            10.0 and 12.0 with PTX.
+    TORCH_CUDA_ARCH_LIST    architectures, as in 8.0;9.0+PTX; without it those of the GPUs that torch sees, or else what nvcc
+                            knows of 8.0, 9.0, 10.0 and 12.0, with PTX. What is older than 8.0 is left out.
     NATRPB_DEBUG=1          -O1 with debug symbols, not stripped.
     MAX_JOBS, CXX           parallel compilations and compiler, as for every torch extension.
 """
@@ -30,7 +30,8 @@ OPERATORS = "natrpb._C"  # loaded with torch.ops.load_library, never imported
 CUDA_OPERATORS = "natrpb._C_cuda"  # the same
 CORE = "natrpb._core"
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # torch 2.11
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+OLDEST_NVCC = (12, 4)
 
 
 def sources(*groups: str) -> list[str]:
@@ -156,13 +157,33 @@ def find_cuda() -> Cuda:
     if not home:  # NB: the nvcc on PATH may be a script that calls another
         home = re.search(r"^#\$ TOP=(.+)$", nvcc_output(nvcc, "-dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE).group(1)
     release = re.search(r"release (\d+\.\d+)", nvcc_output(nvcc, "--version")).group(1)
-    if wanted != "1" and torch.version.cuda and torch.version.cuda.split(".")[0] != release.split(".")[0]:
-        return Cuda(reason=f"nvcc at build was of CUDA {release}, torch of CUDA {torch.version.cuda}")
-    if torch.cuda.device_count() == 0:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
-    # A torch without CUDA looks for no toolkit of its own.
-    cpp_extension.CUDA_HOME = str(Path(home).resolve())
-    return Cuda(home=Path(home).resolve(), version=release, gencode=cpp_extension._get_cuda_arch_flags())
+    reason = ""
+    if tuple(map(int, release.split("."))) < OLDEST_NVCC:
+        reason = f"nvcc at build was of CUDA {release}, the kernels need {'.'.join(map(str, OLDEST_NVCC))}"
+    elif wanted != "1" and torch.version.cuda and torch.version.cuda.split(".")[0] != release.split(".")[0]:
+        reason = f"nvcc at build was of CUDA {release}, torch of CUDA {torch.version.cuda}"
+    else:
+        if torch.cuda.device_count() == 0 and os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() in ("", "native"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(nvcc)
+        # A torch without CUDA looks for no toolkit of its own.
+        cpp_extension.CUDA_HOME = str(Path(home).resolve())
+        gencode = [flag for flag in cpp_extension._get_cuda_arch_flags() if is_supported(flag)]
+        if not gencode:
+            reason = "no architecture to build for has the compute capability 8.0 that the kernels need"
+    if reason and wanted == "1":
+        raise SystemExit(f"NATRPB_CUDA=1, but {reason}")
+    return Cuda(reason=reason) if reason else Cuda(home=Path(home).resolve(), version=release, gencode=gencode)
+
+
+def default_architectures(nvcc: str) -> str:
+    """Those of `DEFAULT_ARCHITECTURES` that this nvcc knows, the last with PTX."""
+    known = set(re.findall(r"compute_(\d+)", nvcc_output(nvcc, "--list-gpu-arch")))
+    return ";".join(name for name in DEFAULT_ARCHITECTURES if name.replace(".", "") in known) + "+PTX"
+
+
+def is_supported(flag: str) -> bool:
+    """Whether an nvcc flag asks for code of compute capability 8.0 or later."""
+    return int(re.search(r"code=(?:sm|compute)_(\d+)", flag).group(1)) >= 80
 
 
 def remove_outdated(build: Path) -> None:

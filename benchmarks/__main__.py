@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fnmatch
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import natrpb
 
 from . import cases, gpu, gpu_cases, gpu_run, machine, plots, report
-from .harness import Workload, exact_results, measure
+from .harness import Workload, chosen, exact_results, measure
 
 INCOMPLETE = 3  # exit status where time ran out
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -77,15 +76,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if given.device == "cuda" and (given.threads or given.plot or given.keep_memory):
         parser.error("--threads, --plot and --keep-memory go with --device cpu")
     return given
-
-
-def chosen(workloads: list[Workload], patterns: list[str] | None) -> list[Workload]:
-    """The workloads whose name matches, or contains, one of the patterns; all without patterns."""
-
-    def matches(name: str) -> bool:
-        return any(pattern in name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-    return [workload for workload in workloads if not patterns or matches(workload.name)]
 
 
 def run(workloads: list[Workload], threads: list[int], budget: float, console: Console) -> report.Results:

@@ -20,6 +20,7 @@ from .timing import Sample, Timing, summarize
 STATE = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu", "watts": "power.draw"}
 COPY_BYTES = 4 << 30  # a buffer of the copy that measures bandwidth, far beyond the caches
 MATMUL_SIDE = 8192
+WARM_UP_SECONDS = 0.5  # of work before limits are measured: an idle GPU's clocks are low
 HIDDEN_LAUNCH = 1.5  # work queued before a timed call, in times that launching the call takes
 MOST_PASSES = 64  # over the buffer that empties the L2
 ROUND_SECONDS = 0.05  # of one contender, before the next has its turn
@@ -94,6 +95,10 @@ def yardsticks() -> dict[str, float]:
     size = min(COPY_BYTES, torch.cuda.mem_get_info()[0] // 4)
     source, target = (torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     left, right = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP_SECONDS:
+        target.copy_(source)
+        torch.cuda.synchronize()
     return {
         "copy_gbytes": 2 * size / seconds_of(lambda: target.copy_(source)) * 1e-9,
         "matmul_tflops": 2 * MATMUL_SIDE**3 / seconds_of(lambda: left @ right) * 1e-12,
@@ -140,18 +145,24 @@ class Captured(Runner):
 class Clock:
     """Takes samples by CUDA events.
 
-    Before each timed call a buffer of four times the L2 is written: the call finds none of its data in the cache, and as many
-    unwritten bytes there as it leaves. The buffer is written often enough to keep the GPU busy until the CPU has launched the
-    call, so that a sample holds the time of the kernels and not that of their launches.
+    Before each timed call a buffer of four times the L2 is written and read, which leaves no other data in the cache and none
+    that memory still waits for, and then as many bytes are written as the call's results have: the call may have to write
+    those back, and may leave as many. The buffer is passed over often enough to keep the GPU busy until the CPU has launched
+    the call, so that a sample holds the time of the kernels and not that of their launches.
     """
 
     def __init__(self) -> None:
         l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.buffer = torch.empty(max(4 * l2, 256 << 20), dtype=torch.uint8, device="cuda")
-        self.pass_seconds = seconds_of(self.buffer.zero_)
+        self.buffer = torch.empty(max(4 * l2, 256 << 20) // 4, dtype=torch.float32, device="cuda")
+        self.pass_seconds = seconds_of(self.pass_over)
 
-    def passes_for(self, runner: Runner) -> int:
-        """How often the buffer is to be written for the launch of a call to be hidden."""
+    def pass_over(self) -> None:
+        self.buffer.zero_()
+        self.buffer.sum()
+
+    def flush_for(self, runner: Runner) -> tuple[int, int]:
+        """How often the buffer is to be passed over for the launch of a call to be hidden, and the bytes of its results."""
+        result_bytes = sum(x.nbytes for x in runner().values())
 
         def launch_seconds() -> float:
             call = runner.prepare()
@@ -162,15 +173,17 @@ class Clock:
 
         launch = min(launch_seconds() for _ in range(4))
         torch.cuda.synchronize()
-        return min(MOST_PASSES, 1 + math.ceil(HIDDEN_LAUNCH * launch / self.pass_seconds))
+        return min(MOST_PASSES, 1 + math.ceil(HIDDEN_LAUNCH * launch / self.pass_seconds)), result_bytes
 
-    def take(self, runner: Runner, count: int, passes: int) -> list[float]:
-        """Seconds of `count` calls, each by itself."""
+    def take(self, runner: Runner, count: int, flush: tuple[int, int]) -> list[float]:
+        """Seconds of `count` calls, each by itself, after what `flush_for` says."""
+        passes, result_bytes = flush
         events = []
         for _ in range(count):
             call = runner.prepare()
             for _ in range(passes):
-                self.buffer.zero_()
+                self.pass_over()
+            self.buffer[: result_bytes // 4].zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()
@@ -209,8 +222,8 @@ def interleave(
             calls[name] = max(1, math.ceil(EXPOSED_SECONDS / clock.take_together(runner, 3)))
             draw[name] = lambda count, r=runner, n=calls[name]: [clock.take_together(r, n) for _ in range(count)]
         else:
-            passes = clock.passes_for(runner)
-            draw[name] = lambda count, r=runner, n=passes: clock.take(r, count, n)
+            flush = clock.flush_for(runner)
+            draw[name] = lambda count, r=runner, flush=flush: clock.take(r, count, flush)
     cost = {name: elapsed(lambda name=name: draw[name](1))[1] for name in runners}
     samples: dict[str, list[float]] = {name: [] for name in runners}
     spent, share = dict.fromkeys(runners, 0.0), budget / len(runners)

@@ -68,8 +68,9 @@ def work(case: Case, dtype: torch.dtype, mode: str) -> dict:
 def attention(case: Case, dtype: torch.dtype, mode: str, contenders: Callable[[bool], list[Contender]], **options) -> Problem:
     """Attention over one case; `contenders` makes them, ours first, for inference (False) or training."""
     query, key, value, rpb, _, _ = case.inputs(dtype)
+    wide = None if rpb is None else rpb.float()  # as parameters are under autocast
     return Problem(
-        tensors=dict(query=query, key=key, value=value, rpb=rpb),
+        tensors=dict(query=query, key=key, value=value, rpb=wide),
         dout=None if mode == FORWARD else torch.randn_like(value),
         exact=exact_attention(case),
         contenders=contenders(mode != FORWARD),

@@ -17,7 +17,7 @@ from tests.cases import CAUSAL, DILATED, HEAD_DIMS, MAPS, SMALL, STRIDES, VOLUME
 from tests.irpe_cases import IrpeCase
 
 from .gpu_cases import all_workloads
-from .harness import Runner, Workload
+from .harness import Runner, Workload, chosen
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 1e6  # multiply-adds of a small case: tools make kernels a hundred times slower
@@ -79,9 +79,9 @@ def run_workload(workload: Workload) -> None:
 
 
 def named(name: str) -> list[Workload]:
-    """The workload of this name, or those with it in their names."""
+    """The workload of this name, or those that the pattern chooses."""
     workloads = all_workloads()
-    return [each for each in workloads if each.name == name] or [each for each in workloads if name in each.name]
+    return [each for each in workloads if each.name == name] or chosen(workloads, [name])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     for case in small_irpe_cases():
                         run_small_irpe(case, dtype)
             print(f"{len(small_cases()) + len(small_irpe_cases())} cases in {len(DTYPES)} dtypes", flush=True)
-        for workload in named(name):
+            continue
+        workloads = named(name)
+        if not workloads:
+            raise SystemExit(f"no case is called {name!r}")
+        for workload in workloads:
             run_workload(workload)
 
 

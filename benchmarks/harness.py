@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,6 +98,15 @@ class Workload:
     sweep: str | None = None  # the quantity that a scaling plot varies
     x: float | None = None  # its value here
     goals: Mapping[str, float] = field(default_factory=dict)  # what is to be reached here, see `benchmarks.gpu_report`
+
+
+def chosen(workloads: list[Workload], patterns: Sequence[str] | None) -> list[Workload]:
+    """The workloads whose name matches, or contains, one of the patterns; all without patterns."""
+
+    def matches(name: str) -> bool:
+        return any(pattern in name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return [workload for workload in workloads if not patterns or matches(workload.name)]
 
 
 @dataclass

@@ -139,6 +139,58 @@ def test_another_library_can_be_named(tmp_path):
         assert python(script, NATRPB_LIBRARY=str(copy)) == str(copy)
 
 
+FAKE_NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.0" ;;
+  --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+esac
+"""
+
+
+FIND_CUDA = """
+import os, setuptools
+setuptools.setup = lambda **_: None
+import setup
+for must in ("auto", "1"):
+    os.environ["NATRPB_CUDA"] = must
+    try:
+        cuda = setup.find_cuda()
+        print(cuda.reason or " ".join(cuda.architectures))
+    except SystemExit as end:
+        print(end)
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "asked", "expected"),
+    [
+        ("12.4", None, "sm_80 compute_90 sm_90"),
+        ("12.4", "", "sm_80 compute_90 sm_90"),
+        ("12.4", "native", "sm_80 compute_90 sm_90"),
+        ("12.4", "7.5;8.6", "sm_86"),
+        ("12.4", "7.0;7.5+PTX", "no architecture to build for has the compute capability 8.0 that the kernels need"),
+        ("11.8", None, "nvcc at build was of CUDA 11.8, the kernels need 12.4"),
+    ],
+    ids=str,
+)
+def test_what_is_built_beside_a_torch_without_cuda(release, asked, expected, tmp_path):
+    if torch.version.cuda is not None:
+        pytest.skip("the torch here has CUDA, of a version of its own")
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(FAKE_NVCC.format(release=release))
+    nvcc.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment["CUDA_HOME"] = str(tmp_path)
+    if asked is not None:
+        environment["TORCH_CUDA_ARCH_LIST"] = asked
+    process = subprocess.run([sys.executable, "-c", FIND_CUDA], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    found, must = process.stdout.splitlines()
+    assert found == expected
+    assert must == (expected if expected.startswith("sm_") else f"NATRPB_CUDA=1, but {expected}")
+
+
 @pytest.mark.parametrize("home", ["", "/nowhere"], ids=["no-home", "empty-home"])
 def test_build_that_must_have_cuda_ends_without_nvcc(home):
     environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}

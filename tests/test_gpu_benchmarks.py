@@ -236,7 +236,7 @@ class FakeClock:
     def __init__(self, costs: dict[str, float]) -> None:
         self.costs, self.order = costs, []
 
-    def passes_for(self, runner) -> int:
+    def flush_for(self, runner):
         return 2
 
     def take(self, runner, count: int, passes: int) -> list[float]:

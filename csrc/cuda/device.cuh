@@ -47,7 +47,9 @@ Status launch(void (*kernel)(P...), dim3 grid, int threads, int64_t shared_bytes
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kDefaultSharedLimit) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // NB: always the same limit. All threads share it, and one that lowered it would break another's launch.
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(device_limits().block_shared_bytes));
   }
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};

@@ -21,7 +21,7 @@ constexpr int64_t kMostFragmentBytes = 64 << 20;
 constexpr double kLeastScale = 1e-6, kMostScale = 1e6;  // bias / scale must neither overflow nor vanish
 
 // CTAs of the query pass, two waves of three per multiprocessor of a large GPU, and what their tables and sums may take. A
-// number of the shapes alone: it decides the order of sums.
+// number of the shapes and the kind of device alone: it decides the order of sums.
 constexpr int64_t kQueryCtas = 792;
 constexpr int64_t kMostTableBytes = 16 << 20;
 constexpr int64_t kMostSumsBytes = 64 << 20;

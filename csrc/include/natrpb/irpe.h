@@ -89,7 +89,8 @@ Status irpe_attention_backward(const IrpeAttentionParams& params, ParallelFor pa
 }  // namespace cpu
 
 // The same on a GPU: queued on `stream`, a cudaStream_t of the current device. Nobody can look at the maps without waiting for
-// the GPU: an entry outside of [0, buckets) is used for no access to memory, and its pair's score or sum is NaN.
+// the GPU: an entry outside of [0, buckets) is used for no access to memory, and its pair's score or sum is NaN. Maps are int32;
+// of int64 ones the ops take the lower half.
 namespace cuda {
 
 Status rpe_index(const RpeIndexParams& params, void* stream);

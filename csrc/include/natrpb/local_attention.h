@@ -97,7 +97,7 @@ Status local_bias_grad(const LocalAttentionParams& params, ParallelFor parallel_
 namespace cuda {
 
 // Every launcher queues its kernels on `stream` (a cudaStream_t of the current device) and returns at once. Results are the
-// same bits on every run: sums that cross threads are formed in an order that depends on the shapes alone.
+// same bits on every run: sums that cross threads are formed in an order that depends on the shapes and the kind of GPU alone.
 
 // Bytes of params.workspace; a function of the sizes, strides and pattern.
 int64_t local_attention_forward_workspace(const LocalAttentionParams& params);
