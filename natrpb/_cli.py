@@ -1,12 +1,14 @@
 """The command line: python -m natrpb info | explain | convert | classify.
 
-A user's mistake ends in one sentence on stderr and exit code 2.
+A user's mistake ends in one sentence on stderr and exit code 2. Where the reader of the output has gone, as `head` does once it
+has enough, a command ends without a word and with the exit code of a process that the broken pipe has ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still buffered, at exit
+        return 128 + signal.SIGPIPE
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"python -m natrpb {arguments.command}: {_sentence(error)}", file=sys.stderr)
         return 2

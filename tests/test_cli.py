@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -41,6 +42,15 @@ def test_explain_prints_keys_and_indices(capsys):
     assert main(["explain", "--size", "5", "--kernel-size", "3", "--query", "0"]) == 0
     said = capsys.readouterr().out
     assert "sees 3 keys" in said and "[2]" in said and said.splitlines()[-1].split() == ["[2]", "3", "4", ".", "."]
+
+
+@pytest.mark.parametrize("side", ["5", "300"], ids=["buffered", "long"])
+def test_ends_quietly_when_its_reader_has_gone(side):
+    command = [sys.executable, "-m", "natrpb", "explain", "--size", side, side, "--kernel-size", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_explain_writes_a_picture(capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import urllib.error
 from pathlib import Path
 
@@ -235,6 +236,28 @@ def test_stage_norms_in_the_weights_are_loaded():
     assert_same(other.state_dict(), backbone.state_dict())
 
 
+@pytest.mark.parametrize("options", [dict(out_indices=(1, 2)), dict(out_norms=False)], ids=str)
+def test_stage_norms_that_the_model_does_not_have_are_left_out(options):
+    backbone, other = small_model(1, features_only=True), small_model(2, features_only=True, **options)
+    load_weights(other, backbone.state_dict())
+    assert_same(other.state_dict(), {key: backbone.state_dict()[key] for key in other.state_dict()})
+    with pytest.raises(ValueError, match=r"1 keys are not the model's: norm4\.weight"):
+        load_weights(other, backbone.state_dict() | {"norm4.weight": torch.zeros(1)})
+
+
+def test_a_head_of_undocumented_size_is_loaded(tmp_path):
+    options = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=(1, 1))
+    trained = create_model("dinat_large_21k", num_classes=7, **options)
+    for path in (tmp_path / "official.pth", tmp_path / "huggingface.pth"):
+        torch.save(trained.state_dict() if path.stem == "official" else to_huggingface(trained.state_dict()), path)
+        model = create_model("dinat_large_21k", pretrained=path, **options)
+        assert model.num_classes == 7
+        assert_same(model.state_dict(), trained.state_dict())
+    with pytest.warns(UserWarning, match="7 classes, the model 3"):
+        assert create_model("dinat_large_21k", pretrained=path, num_classes=3, **options).num_classes == 3
+    assert create_model("dinat_large_21k", pretrained=path, features_only=True, **options).num_classes == 0
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -275,17 +298,10 @@ def test_a_model_without_tables_refuses_weights_with_tables(trained):
         load_weights(small_model(rel_pos_bias=False), trained.state_dict())
 
 
-class Trap:
-    """Runs code when unpickled."""
-
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('code was run')",))
-
-
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not weights", bytes(range(256)) * 8, "truncated", {"trap": Trap()}, {"epoch": 3}, [1, 2]],
-    ids=["empty", "text", "bytes", "truncated", "code", "no-tensors", "list"],
+    [b"", b"not weights", bytes(range(256)) * 8, "truncated", {"epoch": 3}, [1, 2]],
+    ids=["empty", "text", "bytes", "truncated", "no-tensors", "list"],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_files_that_are_no_weights(trained, tmp_path, content, suffix):
@@ -299,6 +315,33 @@ def test_files_that_are_no_weights(trained, tmp_path, content, suffix):
         torch.save(content, path)
     with pytest.raises(RuntimeError, match=r"weights\.(pth|safetensors) (is damaged|holds no state dict)"):
         create_model("dinat_mini", pretrained=path, **SMALL)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_numbers_and_arguments_beside_the_weights(trained, tmp_path, zipped):
+    numpy = pytest.importorskip("numpy")
+    beside = {"best_acc1": numpy.float64(83.2), "loss": numpy.float32(1), "epoch": numpy.int64(3), "ema": numpy.bool_(True)}
+    beside |= {"args": argparse.Namespace(lr=1e-3), "name": "dinat", "split": numpy.str_("val")}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": trained.state_dict()} | beside, path, _use_new_zipfile_serialization=zipped)
+    assert_same(create_model("dinat_mini", pretrained=path, num_classes=10, **SMALL).state_dict(), trained.state_dict())
+
+
+class Trap:
+    """Runs code when unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code was run')",))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("other, named", [(Trap(), "exec"), (Path("x"), "pathlib")], ids=["code", "path"])
+def test_other_objects_beside_the_weights_are_named(trained, tmp_path, other, named, zipped):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": trained.state_dict(), "other": other}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RuntimeError, match=rf"other Python objects beside tensors \(.*{named}.*trust") as raised:
+        create_model("dinat_mini", pretrained=path, **SMALL)
+    assert "damaged" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from natrpb import create_model, get_rpe_config, iRPEAttention, list_models
-from natrpb.models import DeiT
+from natrpb.models import DeiT, load_weights
 from natrpb.models._layers import DropPath
 from natrpb.models._registry import model_entry
 
@@ -166,6 +166,40 @@ def test_loads_the_authors_format(tmp_path):
         assert create_model(SMALL_QKV, pretrained=path, **(SMALL | dict(num_classes=3))).head.out_features == 3
     with pytest.raises(ValueError, match="keys are missing"):
         create_model("deit_small_patch16_224_ctx_cross_56_shared_k", pretrained=path, **SMALL)
+
+
+def test_weights_of_another_grid(tmp_path):
+    """The stored position embedding is resized as the authors fine-tune: bicubically, but for the classification token."""
+    trained = small_model()
+    torch.save({"model": trained.state_dict()}, tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match=r"position embedding resized, from 4 x 4 patches to 6 x 6"):
+        model = create_model(SMALL_QKV, pretrained=tmp_path / "weights.pth", **(SMALL | dict(grid_size=6))).eval()
+    close(model.pos_embed, trained._position_embedding(6, 6), 1e-6)
+    x = torch.randn(1, 3, 96, 96)
+    close(model(x), trained(x), 1e-5)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for entries in (1, 18):  # no grid; two tokens before it
+        weights = trained.state_dict() | {"pos_embed": torch.zeros(1, entries, 24)}
+        with pytest.raises(ValueError, match=rf"pos_embed \[1, {entries}, 24\], expected \[1, 37, 24\]"):
+            load_weights(model, weights)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_half_precision_weights_of_another_grid():
+    trained, model = small_model(), small_model(grid_size=6)
+    with pytest.warns(UserWarning, match="resized"):
+        load_weights(model, {key: tensor.half() for key, tensor in trained.state_dict().items()})
+    close(model.pos_embed, trained._position_embedding(6, 6), 1e-2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_a_dynamic_batch(strict):
+    model = small_model(depth=1)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},), strict=strict)
+    for count in (1, 5):
+        x = torch.randn(count, 3, 64, 64)
+        close(program.module()(x), model(x), 1e-6)
 
 
 def test_overrides():

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from natrpb.models import NAT, create_model, list_models, register_model, register_with_timm
+from natrpb.models import NAT, create_model, list_models, load_weights, register_model, register_with_timm
 from natrpb.models._layers import DropPath
 from natrpb.modules import NeighborhoodAttention2D
+
+from .support import close
 
 PARAMETERS = {  # of the authors' models, counted from their code
     "dinat_base": 89_769_652,
@@ -38,6 +40,8 @@ PARAMETERS = {  # of the authors' models, counted from their code
     "nat_mini": 19_984_174,
     "nat_small": 50_743_297,
     "nat_tiny": 27_901_582,
+    "vitrpb_base": 86_627_080,
+    "vitrpb_small": 22_080_376,
 }
 DEEP_AT_224 = [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]
 DILATIONS = {
@@ -55,6 +59,7 @@ DILATIONS = {
     "dinat_s_large_384": [[1, 13], [1, 6], [1, 3] * 9, [1, 1]],
     "nat_isotropic_small": [[1] * 12],
     "dinat_isotropic_base": [[1, 2] * 6],
+    "vitrpb_small": [[1] * 12],
 }
 SMALL = {  # every family at a size that tests can run
     "dinat_mini": dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations=(3, 2, 1, 1)),
@@ -89,7 +94,7 @@ def test_parameter_count(name):
 
 def test_list_models_takes_a_pattern():
     assert list_models("nat_*y") == ["nat_tiny"]
-    assert list_models("vit*") == []
+    assert list_models("resnet*") == []
 
 
 @pytest.mark.parametrize("name", DILATIONS)
@@ -100,7 +105,7 @@ def test_dilations(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_heads_of_32_channels_and_kernel_size(name):
-    kernel_size = 11 if "11x11" in name else 7
+    kernel_size = 11 if "11x11" in name else 14 if name.startswith("vit") else 7
     for attention in attentions(meta_model(name)):
         assert attention.head_dim == 32
         assert attention.kernel_size == (kernel_size, kernel_size)
@@ -196,6 +201,35 @@ def test_published_configuration_runs(name):
         assert create_model(name).eval()(torch.randn(1, 3, 32, 48)).shape == (1, 1000)
 
 
+SMALL_VIT = dict(embed_dim=32, depth=2, num_heads=2, num_classes=10, drop_path_rate=0.0)
+
+
+def test_vitrpb_is_global_attention():
+    """The map of a 224x224 image, and the index table as the authors make it: of query minus key, both axes reversed."""
+    model = create_model("vitrpb_small", **SMALL_VIT).double()
+    for attention in attentions(model):
+        nn.init.normal_(attention.rpb)
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    places = torch.cartesian_prod(torch.arange(14), torch.arange(14))
+    index = ((places[:, None] - places + 13) @ torch.tensor([27, 1])).flip(0, 1)
+    x = model.patch_embed(images).flatten(1, 2)
+    for block in model.layers:
+        attn = block.attn
+        query, key, value = attn.qkv(block.norm1(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        scores = query @ key.mT * 16**-0.5 + attn.rpb.flatten(1)[:, index]
+        x = x + attn.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    close(model(images), model.head(model.norm(x).mean(1)))
+
+
+def test_vitrpb_takes_the_authors_keys():
+    """Their state dict stores an index table per block."""
+    trained, model = (create_model("vitrpb_small", **SMALL_VIT) for _ in range(2))
+    indices = {f"layers.{i}.attn.relative_position_index": torch.zeros(196, 196, dtype=torch.int64) for i in range(2)}
+    load_weights(model, trained.state_dict() | indices)
+    assert all(torch.equal(tensor, trained.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
 @EACH_FAMILY
 def test_feature_maps(name):
     model = small_model(name, features_only=True)
@@ -236,6 +270,16 @@ def test_stages_that_do_not_exist(out_indices):
         small_model("nat_small", features_only=True, out_indices=out_indices)
 
 
+@EACH_FAMILY
+def test_feature_maps_have_no_classifier(name):
+    model = small_model(name, features_only=True)
+    with pytest.raises(AttributeError, match="features_only model returns maps, it has no classifier"):
+        model.get_classifier()
+    with pytest.raises(AttributeError, match="no classifier"):
+        model.reset_classifier(3)
+    assert model.num_classes == 0 and not any(key.startswith("head") for key in model.state_dict())
+
+
 def test_out_indices_need_features_only():
     with pytest.raises(ValueError, match="features_only"):
         small_model("nat_small", out_indices=(0,))
@@ -248,6 +292,23 @@ def test_overrides():
     assert not any("rpb" in key for key in small_model("nat_small", rel_pos_bias=False).state_dict())
     dilated = small_model("nat_small", dilations=[[3], [2], [1, 2], [1]])
     assert [attention.dilation[0] for attention in attentions(dilated)] == [3, 2, 1, 2, 1]
+
+
+def test_dilations_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    model = small_model("nat_small", dilations=[numpy.int64(2), numpy.int32(1), numpy.array([1, 3]), [numpy.int64(2)]])
+    assert [attention.dilation for attention in attentions(model)] == [(1, 1), (1, 1), (1, 1), (3, 3), (2, 2)]
+    model = small_model("dinat_isotropic_small", dilations=numpy.int64(3))
+    assert [attention.dilation for attention in attentions(model)] == [(1, 1), (3, 3)]
+
+
+def test_default_number_of_classes_is_the_published_one():
+    assert meta_model("swin_tiny_patch4_window7_224_22k").num_classes == 21841
+    assert meta_model("swin_tiny_patch4_window7_224_22k", num_classes=5).num_classes == 5
+    for name in list_models():
+        model = meta_model(name)
+        assert model.num_classes == model.head.out_features == model.pretrained_cfg.get("num_classes", 1000)
+    assert small_model("nat_small", num_classes=None).num_classes == 1000
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,10 @@ PARAMETERS = {  # of the authors' models with 1000 classes, counted from timm's 
     "swin_large_patch4_window7_224_22kto1k": 196_532_476,
     "swin_small_patch4_window7_224": 49_606_258,
     "swin_small_patch4_window7_224_22k": 49_606_258,
+    "swin_small_patch4_window7_224_22kto1k_finetune": 49_606_258,
     "swin_tiny_patch4_window7_224": 28_288_354,
     "swin_tiny_patch4_window7_224_22k": 28_288_354,
+    "swin_tiny_patch4_window7_224_22kto1k_finetune": 28_288_354,
     "swinv2_base_patch4_window12_192_22k": 87_918_816,
     "swinv2_base_patch4_window12to16_192to256_22kto1k_ft": 87_918_816,
     "swinv2_base_patch4_window12to24_192to384_22kto1k_ft": 87_918_816,
@@ -88,7 +90,15 @@ def test_every_model_is_counted():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
-    assert sum(parameter.numel() for parameter in meta_model(name).parameters()) == PARAMETERS[name]
+    assert sum(parameter.numel() for parameter in meta_model(name, num_classes=1000).parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name.startswith("swin_")])
+def test_drop_rates_of_v1(name):
+    """Those of the authors' configuration files."""
+    small = 0.1 if "_22k" in name else 0.2, 0.2 if "_22k" in name else 0.3
+    rates = dict(zip(("tiny", "small", "base", "large"), (*small, 0.2 if "_22k" in name else 0.5, 0.2)))
+    assert meta_model(name).layers[-1].blocks[-1].drop_path.drop_prob == rates[name.split("_")[1]]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +123,7 @@ def test_windows_shifts_and_heads(name, windows):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_keys_and_shapes_are_timms(timm, name):
     """timm differs from the official keys in two places, which `natrpb.convert.swin` maps."""
-    theirs = name.replace("_22kto1k", "").replace("_22k", "").replace("_ft", "")
+    theirs = name.replace("_22kto1k", "").replace("_finetune", "").replace("_22k", "").replace("_ft", "")
     theirs = theirs.replace("patch4_", "") if theirs.startswith("swinv2") else theirs
     with torch.device("meta"):
         expected = timm.create_model(theirs, num_classes=7).state_dict()
@@ -128,6 +138,7 @@ def test_what_is_known_of_published_weights():
     assert model_entry("swin_large_patch4_window7_224_22k").num_classes == 21841
     urls = {model_entry(name).url for name in PARAMETERS}
     assert len(urls) == len(PARAMETERS)
+    assert all(model_entry(name).url.endswith(f"/{name}.pth") for name in PARAMETERS)
     assert all(url.startswith("https://github.com/SwinTransformer/storage/releases/download/v") for url in urls)
     ids = [model_entry(name).hf_id for name in PARAMETERS if model_entry(name).hf_id]
     assert len(set(ids)) == len(ids) == 22
@@ -261,6 +272,35 @@ def test_another_window_asks_the_mlp_of_v2(tmp_path):
 def test_overrides_that_do_not_fit(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         small_model(name, **overrides)
+
+
+TWO_STAGES = dict(embed_dim=16, depths=(1, 1), num_heads=(2, 2), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    "given, windows",
+    [
+        (8, [(8, 8), (8, 8)]),
+        ((8, 8), [(8, 8), (8, 8)]),
+        (((8, 8), (4, 4)), [(8, 8), (4, 4)]),
+        (((8, 4), (8, 4)), [(8, 4), (8, 4)]),
+        ((8, (4, 6)), [(8, 8), (4, 6)]),
+        (torch.tensor(8), [(8, 8), (8, 8)]),
+    ],
+    ids=str,
+)
+@EACH_VERSION
+def test_windows_of_two_stages(name, given, windows):
+    assert [a.window_size for a in attentions(create_model(name, window_size=given, **TWO_STAGES))] == windows
+
+
+@EACH_VERSION
+def test_windows_that_could_mean_two_things_are_refused(name):
+    with pytest.raises(ValueError, match=r"window_size \(8, 4\) is ambiguous for two stages: write \(\(8, 8\), \(4, 4\)\)"):
+        create_model(name, window_size=(8, 4), **TWO_STAGES)
+    if name == V2:
+        with pytest.raises(ValueError, match=r"pretrained_window_sizes \(6, 12\) is ambiguous"):
+            create_model(name, pretrained_window_sizes=(6, 12), **TWO_STAGES)
 
 
 def test_three_forms_of_patch_embedding_are_one():

@@ -80,13 +80,20 @@ class ImageModel(nn.Module):
         return [getattr(self, f"norm{i}")(stages[i]).permute(0, 3, 1, 2).contiguous() for i in wanted]
 
     def get_classifier(self) -> nn.Module:
+        """The head, `nn.Identity` where there are no classes; AttributeError for a features_only model."""
+        self._check_has_classifier()
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a fresh one; 0 classes for none."""
+        """Replaces the head by a fresh one; 0 classes for none; AttributeError for a features_only model."""
+        self._check_has_classifier()
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_linear(self.head)
+
+    def _check_has_classifier(self) -> None:
+        if self.features_only:
+            raise AttributeError("a features_only model returns maps, it has no classifier")
 
     def no_weight_decay(self) -> set[str]:
         """Names of the bias tables: weight decay would pull them towards no position information."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -133,10 +135,31 @@ def drop_path_schedule(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
+def as_int(given: object) -> object:
+    """What stands for an integer, such as NumPy's, as an int; anything else as it is."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        return given
+
+
 def block_dilations(dilation: int | Sequence[int], depth: int) -> list[int]:
     """Dilation of every block: an int alternates 1, d, 1, d, ...; a sequence holds one per block."""
+    dilation = as_int(dilation)
     if isinstance(dilation, int):
         return [dilation if i % 2 else 1 for i in range(depth)]
     if len(dilation) != depth:
         raise ValueError(f"dilations must be one int, or one per block ({depth}), got {len(dilation)}: {dilation!r}")
-    return list(dilation)
+    return [as_int(each) for each in dilation]
+
+
+def resize_position_embedding(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """[1, 1 + S^2, C] of a square map and one token before it -> [1, 1 + height * width, C], the token's entry unchanged.
+
+    Bicubic, as the DeiT authors fine-tune at other sizes; 16-bit embeddings are resized in fp32.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    grid = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    compute = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    grid = F.interpolate(compute, (height, width), mode="bicubic", align_corners=False).to(grid.dtype)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)

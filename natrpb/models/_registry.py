@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ..convert import to_official
 from ._checkpoint import download, download_from_hub, load_weights, read_checkpoint
 
 Build = TypeVar("Build", bound=Callable[..., nn.Module])
@@ -96,7 +97,7 @@ def model_entry(name: str) -> ModelEntry:
 def create_model(
     name: str,
     pretrained: bool | str | Path = False,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     features_only: bool = False,
     **overrides,
 ) -> nn.Module:
@@ -108,8 +109,10 @@ def create_model(
             (needs `huggingface_hub`); any other string or a Path is a local file, .pth, .bin or .safetensors, in
             official or Hugging Face keys, for Swin also timm's or torchvision's. The authors publish no hashes: a file
             is accepted when all its keys and shapes fit the model, and nothing is loaded otherwise.
-        num_classes: outputs of the head, 0 for none. Where the weights have another number the head starts fresh, with
-            a warning.
+        num_classes: outputs of the head, 0 for none; default those of the published head, which is loaded then: 1000, or
+            21841 for the "*_22k" of Swin. For the "*_21k" of DiNAT they are not documented, and the default is what the
+            loaded weights have, 1000 without weights. Where the weights have another number than num_classes the head
+            starts fresh, with a warning.
         features_only: return a list of maps [B, C_i, H_i, W_i], one per stage, instead of logits.
         **overrides: constructor arguments of the family, e.g. kernel_size, for Swin window_size (bias tables of loaded
             weights are resized; Swin v2 asks its MLP), dilations, depths, drop_path_rate, in_chans, rel_pos_bias,
@@ -132,7 +135,8 @@ def create_model(
         pretrained = Path(pretrained).expanduser()
         if not pretrained.is_file():
             raise FileNotFoundError(f"pretrained must be a bool, 'hf' or the path of a file, there is no {pretrained}")
-    model = entry.build(num_classes=num_classes, features_only=features_only, **overrides)
+    classes = entry.num_classes if num_classes is None else num_classes
+    model = entry.build(num_classes=1000 if classes is None else classes, features_only=features_only, **overrides)
     model.pretrained_cfg = entry.pretrained_cfg()
     if pretrained is not False:
         if isinstance(pretrained, Path):
@@ -141,5 +145,8 @@ def create_model(
             path = download_from_hub(name, entry.hf_id)
         else:
             path = download(name, entry.url)
-        load_weights(model, read_checkpoint(path), source=str(path))
+        weights = to_official(read_checkpoint(path))
+        if classes is None and not features_only and "head.weight" in weights:
+            model.reset_classifier(len(weights["head.weight"]))
+        load_weights(model, weights, source=str(path))
     return model

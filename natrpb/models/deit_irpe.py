@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import get_rpe_config, iRPEAttention
 from ..modules.irpe import RPEConfigs
 from ._base import ImageModel
-from ._layers import DropPath, Mlp, PatchEmbed, drop_path_schedule, init_linear
+from ._layers import DropPath, Mlp, PatchEmbed, drop_path_schedule, init_linear, resize_position_embedding
 from ._registry import register_model
 
 _URL = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
@@ -57,7 +56,8 @@ class DeiT(ImageModel):
         rpe_config: see `natrpb.get_rpe_config`, with skip = 1 for the classification token; None for plain DeiT.
         mlp_ratio: hidden channels of the MLPs as a multiple of C.
         patch_size: side of the patches.
-        grid_size: patches per side that the position embedding is stored for, 14 for 224x224 images.
+        grid_size: patches per side that the position embedding is stored for, 14 for 224x224 images; that of loaded weights
+            is resized to it.
         in_chans: channels of the image.
         num_classes: outputs of the head, 0 for none.
         qkv_bias, qk_scale: as in `natrpb.iRPEAttention`.
@@ -115,7 +115,7 @@ class DeiT(ImageModel):
         """x [B, in_chans, H, W] -> [B, 1 + H' W', C] of the last block, classification token first; H', W'."""
         x = self.patch_embed(x)
         height, width = x.shape[1:3]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
         x = self.pos_drop(x + self._position_embedding(height, width))
         for block in self.blocks:
             x = block(x, height, width)
@@ -123,12 +123,9 @@ class DeiT(ImageModel):
 
     def _position_embedding(self, height: int, width: int) -> Tensor:
         """[1, 1 + height * width, C], resized bicubically as the DeiT authors fine-tune at other sizes."""
-        side = self.grid_size
-        if (height, width) == (side, side):
+        if (height, width) == (self.grid_size, self.grid_size):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        return resize_position_embedding(self.pos_embed, height, width)
 
     def _stages(self, x: Tensor, count: int) -> list[Tensor]:
         x, height, width = self._tokens(x)

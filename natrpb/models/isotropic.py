@@ -1,4 +1,8 @@
-"""Isotropic NAT and DiNAT: a plain vision transformer (patches of 16, one resolution) with neighborhood attention.
+"""Isotropic NAT and DiNAT: a plain vision transformer (patches of 16, one resolution) with neighborhood attention; ViT-rpb.
+
+ViT-rpb is their peer with global attention and a bias table over the 14x14 positions of a 224x224 image. There a neighborhood
+of 14x14 is the whole map, and both tables are indexed by key minus query. The official model takes no other image; here maps
+are treated as by the others, so that global attention on a larger one needs `kernel_size` to be its side.
 
 Paper: A. Hassani, H. Shi, "Dilated Neighborhood Attention Transformer", arXiv:2209.15001.
 Configurations and state-dict keys: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT).
@@ -83,6 +87,7 @@ class IsotropicNAT(ImageModel):
 
 _SMALL = dict(embed_dim=384, depth=12, num_heads=12, drop_path_rate=0.1)
 _BASE = dict(embed_dim=768, depth=12, num_heads=24, drop_path_rate=0.4)
+_GLOBAL = dict(kernel_size=14)
 
 
 @register_model(url=_URL + "nat_isotropic_small_in1k_224.pth")
@@ -107,3 +112,15 @@ def nat_isotropic_base(**overrides) -> IsotropicNAT:
 def dinat_isotropic_base(**overrides) -> IsotropicNAT:
     """Isotropic DiNAT-Base: 86.5 M parameters, 16.9 GFLOP and 82.1% ImageNet-1k top-1 at 224x224."""
     return IsotropicNAT(**(_BASE | dict(dilations=2) | overrides))
+
+
+@register_model(url=_URL + "vitrpb_small_in1k_224.pth")
+def vitrpb_small(**overrides) -> IsotropicNAT:
+    """ViT-rpb-Small: 22.1 M parameters, 4.6 GFLOP and 81.2% ImageNet-1k top-1 at 224x224."""
+    return IsotropicNAT(**(_SMALL | _GLOBAL | overrides))
+
+
+@register_model(url=_URL + "vitrpb_base_in1k_224.pth")
+def vitrpb_base(**overrides) -> IsotropicNAT:
+    """ViT-rpb-Base: 86.6 M parameters, 17.5 GFLOP and 82.5% ImageNet-1k top-1 at 224x224."""
+    return IsotropicNAT(**(_BASE | _GLOBAL | overrides))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..modules import WindowAttention
 from ..patterns import per_axis
 from ._base import ImageModel, Stage
-from ._layers import DropPath, Mlp, PatchEmbed, drop_path_schedule, init_linear
+from ._layers import DropPath, Mlp, PatchEmbed, as_int, drop_path_schedule, init_linear
 from ._registry import register_model
 from .dinat_s import PatchMerging
 
@@ -73,7 +73,8 @@ class SwinPyramid(ImageModel):
         embed_dim: channels C of the first stage; stage i has C * 2^i.
         depths: blocks per stage; every second one shifts its windows by W // 2.
         num_heads: heads per stage.
-        window_size: W for all stages, (rows, columns) for all, or one W or pair per stage.
+        window_size: an int W or a pair (rows, columns) for all stages, or a sequence of one int or pair per stage. Two
+            different ints for two stages could be either and are refused: there, write a pair per stage.
         attention_options: per stage, further arguments of the attention.
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's.
         patch_size: side of the patches that become the first stage's positions.
@@ -168,9 +169,21 @@ class SwinPyramid(ImageModel):
 
 
 def per_stage(name: str, given: int | Sequence, stages: int) -> list[tuple[int, int]]:
-    """One (rows, columns) per stage from one for all, or one per stage; ValueError where their number differs."""
-    one_for_all = isinstance(given, int) or (len(given) == 2 and all(isinstance(side, int) for side in given))
-    each = [given] * stages if one_for_all else list(given)
+    """One (rows, columns) per stage from an int or pair for all stages, or from one int or pair per stage.
+
+    Raises:
+        ValueError: another number of entries, or two different ints for two stages, which could be either.
+    """
+    given = as_int(given)
+    each = [given] * stages if isinstance(given, int) else [as_int(one) for one in given]
+    if len(each) == 2 and all(isinstance(one, int) for one in each):
+        rows, columns = each
+        if stages == 2 and rows != columns:
+            raise ValueError(
+                f"{name} ({rows}, {columns}) is ambiguous for two stages: write (({rows}, {rows}), ({columns}, {columns})) for "
+                f"one int per stage, (({rows}, {columns}), ({rows}, {columns})) for rows and columns"
+            )
+        each = [(rows, columns)] * stages
     if len(each) != stages:
         raise ValueError(f"{name} must have one entry per stage of depths, {stages}, got {len(each)}")
     return [per_axis(name, window, 2) for window in each]
@@ -200,8 +213,10 @@ _TINY = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_p
 _SMALL = dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3)
 _BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5)
 _LARGE = dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), drop_path_rate=0.2)
+_TINY_22K = _TINY | dict(drop_path_rate=0.1)
+_SMALL_22K = _SMALL | dict(drop_path_rate=0.2)
+_BASE_22K = _BASE | dict(drop_path_rate=0.2)
 _W12 = dict(window_size=12)
-_22K = dict(drop_path_rate=0.2)
 
 
 @register_model(url=_URL + "v1.0.0/swin_tiny_patch4_window7_224.pth", hf_id="microsoft/swin-tiny-patch4-window7-224")
@@ -213,7 +228,13 @@ def swin_tiny_patch4_window7_224(**overrides) -> Swin:
 @register_model(url=_URL + "v1.0.8/swin_tiny_patch4_window7_224_22k.pth", num_classes=21841)
 def swin_tiny_patch4_window7_224_22k(**overrides) -> Swin:
     """Swin-T as trained on ImageNet-22k at 224x224."""
-    return Swin(**(_TINY | _22K | overrides))
+    return Swin(**(_TINY_22K | overrides))
+
+
+@register_model(url=_URL + "v1.0.8/swin_tiny_patch4_window7_224_22kto1k_finetune.pth")
+def swin_tiny_patch4_window7_224_22kto1k_finetune(**overrides) -> Swin:
+    """Swin-T from ImageNet-22k: 80.9% ImageNet-1k top-1 at 224x224."""
+    return Swin(**(_TINY_22K | overrides))
 
 
 @register_model(url=_URL + "v1.0.0/swin_small_patch4_window7_224.pth", hf_id="microsoft/swin-small-patch4-window7-224")
@@ -225,7 +246,13 @@ def swin_small_patch4_window7_224(**overrides) -> Swin:
 @register_model(url=_URL + "v1.0.8/swin_small_patch4_window7_224_22k.pth", num_classes=21841)
 def swin_small_patch4_window7_224_22k(**overrides) -> Swin:
     """Swin-S as trained on ImageNet-22k at 224x224."""
-    return Swin(**(_SMALL | _22K | overrides))
+    return Swin(**(_SMALL_22K | overrides))
+
+
+@register_model(url=_URL + "v1.0.8/swin_small_patch4_window7_224_22kto1k_finetune.pth")
+def swin_small_patch4_window7_224_22kto1k_finetune(**overrides) -> Swin:
+    """Swin-S from ImageNet-22k: 83.2% ImageNet-1k top-1 at 224x224."""
+    return Swin(**(_SMALL_22K | overrides))
 
 
 @register_model(url=_URL + "v1.0.0/swin_base_patch4_window7_224.pth", hf_id="microsoft/swin-base-patch4-window7-224")
@@ -249,7 +276,7 @@ def swin_base_patch4_window12_384(**overrides) -> Swin:
 )
 def swin_base_patch4_window7_224_22k(**overrides) -> Swin:
     """Swin-B as trained on ImageNet-22k at 224x224."""
-    return Swin(**(_BASE | _22K | overrides))
+    return Swin(**(_BASE_22K | overrides))
 
 
 @register_model(
@@ -260,19 +287,19 @@ def swin_base_patch4_window7_224_22k(**overrides) -> Swin:
 )
 def swin_base_patch4_window12_384_22k(**overrides) -> Swin:
     """Swin-B with windows of 12 as trained on ImageNet-22k at 384x384."""
-    return Swin(**(_BASE | _22K | _W12 | overrides))
+    return Swin(**(_BASE_22K | _W12 | overrides))
 
 
 @register_model(url=_URL + "v1.0.0/swin_base_patch4_window7_224_22kto1k.pth")
 def swin_base_patch4_window7_224_22kto1k(**overrides) -> Swin:
     """Swin-B from ImageNet-22k: 85.2% ImageNet-1k top-1 at 224x224."""
-    return Swin(**(_BASE | _22K | overrides))
+    return Swin(**(_BASE_22K | overrides))
 
 
 @register_model(url=_URL + "v1.0.0/swin_base_patch4_window12_384_22kto1k.pth", input_size=384)
 def swin_base_patch4_window12_384_22kto1k(**overrides) -> Swin:
     """Swin-B with windows of 12 from ImageNet-22k: 86.4% ImageNet-1k top-1 at 384x384."""
-    return Swin(**(_BASE | _22K | _W12 | overrides))
+    return Swin(**(_BASE_22K | _W12 | overrides))
 
 
 @register_model(

@@ -46,7 +46,7 @@ class SwinV2(SwinPyramid):
     """Swin Transformer v2. Arguments as in `SwinPyramid`.
 
     Args:
-        pretrained_window_sizes: the windows of the weights that are fine-tuned, one for all stages or one per stage; 0
+        pretrained_window_sizes: the windows of the weights that are fine-tuned, in the forms of window_size; 0
             for the model's own. Offsets are measured relative to them, so that the MLP sees known coordinates. Where
             `create_model` is given a window_size, the default is the published windows.
     """
