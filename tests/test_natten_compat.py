@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import pickle
@@ -161,7 +162,7 @@ def test_order_of_arguments_follows_the_version(ndim, imported):
     close(newer(query, key, value, 3, 2, rpb=rpb), attend(query, key, value, 3, stride=2, rpb=rpb))  # an extension
     generic = sys.modules["natten.functional"].neighborhood_attention_generic
     close(generic(query, key, value, 3, 2, 1, True, 0.5), expected)
-    with pytest.raises(TypeError, match=rf"na{ndim}d\(\) got an unexpected keyword argument 'tile'"):
+    with pytest.raises(TypeError, match=rf"na{ndim}d_of_0_20\(\) got an unexpected keyword argument 'tile'"):
         newer(query, key, value, 3, tile=3)
 
 
@@ -227,9 +228,72 @@ def test_modules_of_every_version(ndim, imported):
     same("0.21.6", (16, 4, 3, 2, 2, True), dict(num_heads=4, kernel_size=3, stride=2, dilation=2, is_causal=True))
 
 
-def test_modules_are_pickled():
-    module = natten.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
-    close(pickle.loads(pickle.dumps(module)).rpb, module.rpb)
+EACH_EPOCH = pytest.mark.parametrize("version", ["0.14.2", "0.14.6", "0.15.1", "0.17.5", "0.21.0"])
+
+
+def made(package, version: str, ndim: int) -> torch.nn.Module:
+    """A module of a version's class, and of a state that no constructor gives."""
+    sizes = (3, 2) if version == "0.14.2" and ndim < 3 else (2, 3)  # kernel_size came before num_heads
+    module = getattr(package, f"NeighborhoodAttention{ndim}D")(16, *sizes).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module.requires_grad_(False)
+
+
+def same_module(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    assert type(one) is type(other) and repr(one) == repr(other) and one.training is other.training
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, parameter in one.named_parameters():
+        assert parameter.equal(other.get_parameter(name)) and parameter.requires_grad is other.get_parameter(name).requires_grad
+    x = torch.randn(1, *SPATIAL[len(one.kernel_size)], 16)
+    assert one(x).equal(other(x))
+
+
+@EACH_NDIM
+@EACH_EPOCH
+def test_modules_are_pickled(ndim, version, imported, tmp_path):
+    module = made(imported(version), version, ndim)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        same_module(pickle.loads(pickle.dumps(module, protocol)), module)
+    same_module(copy.deepcopy(module), module)
+    torch.save(module, tmp_path / "module.pt")
+    same_module(torch.load(tmp_path / "module.pt", weights_only=False), module)
+    assert type(module).__name__ == f"NeighborhoodAttention{ndim}D"
+
+
+@EACH_EPOCH
+def test_ops_are_pickled(version, imported):
+    package = imported(version)
+    for op in (package.na2d, package.na2d_qk, package.na3d_qk, package.na3d_av, package.natten2dqkrpb):
+        assert pickle.loads(pickle.dumps(op)) is op
+
+
+UNPICKLE = """
+import pickle, sys, torch
+
+with open(sys.argv[1], "rb") as file:
+    saved = pickle.load(file)
+assert "natten" not in sys.modules
+import natrpb
+for version, (module, x, out) in saved.items():
+    natrpb.compat.natten.install(version)
+    import natten
+    assert type(module) is natten.NeighborhoodAttention2D, (version, type(module))
+    assert not module.training and module(x).equal(out), version
+    del natten
+print("equal", *saved)
+"""
+
+
+def test_modules_are_unpickled_where_nothing_is_installed(imported, tmp_path):
+    saved = {}
+    for version in ("0.14.2", "0.14.6", "0.15.1", "0.17.5", "0.21.0"):
+        module, x = made(imported(version), version, 2), torch.randn(2, *SPATIAL[2], 16)
+        saved[version] = module, x, module(x)
+    (tmp_path / "saved.pkl").write_bytes(pickle.dumps(saved))
+    command = [sys.executable, "-c", UNPICKLE, str(tmp_path / "saved.pkl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout.split() == ["equal", *saved], done.stderr
 
 
 # ---- versions ----
@@ -242,10 +306,8 @@ def test_installed_modules(imported):
     assert package.functional is functions
     assert functions.na2d is natten.na2d and functions.natten2dav is natten.natten2dav
     assert package.NeighborhoodAttention2D is natten.NeighborhoodAttention2D
-    assert package.HAS_LIBNATTEN and package.has_bfloat() and package.is_fused_na_enabled()
+    assert package.has_bfloat(0) and package.has_fna() and not package.has_gemm()
     assert package.has_cuda() == ("cuda" in natrpb.info()["devices"])
-    package.use_fused_na(True, kv_parallel=False)
-    package.set_memory_usage_preference("unrestricted")
     public = {name for name in vars(package) if not name.startswith("_")}
     assert not public & {"install", "torch", "Tensor", "functools", "Callable"}
     assert hasattr(package, "context") and not hasattr(imported("0.15.1"), "context")
@@ -254,12 +316,154 @@ def test_installed_modules(imported):
     assert imported("0.21.0").__version__ == "0.21.0"
 
 
-@pytest.mark.parametrize("version", ["0.13.0", "0.22.0", "0.17", 0.17, "1.0.0", "newest", "", None])
+@pytest.mark.parametrize(
+    ("version", "like"),
+    [
+        ("0.21", "0.21.0"),
+        ("0.17", "0.17.0"),
+        ("0.14", "0.14.0"),
+        ("0.17.5+torch260cu126", "0.17.5"),
+        ("0.21+a.B-1_c", "0.21.0"),
+    ],
+)
+def test_versions_of_two_numbers_and_of_wheels(version, like, imported):
+    names = {name: value for name, value in vars(imported(like).functional).items() if not name.startswith("__")}
+    package = imported(version)
+    assert package.__version__ == version
+    assert names == {name: value for name, value in vars(package.functional).items() if not name.startswith("__")}
+
+
+NO_VERSIONS = ["0.13.0", "0.22.0", "0.22", 0.17, "1.0.0", "newest", "", None, "0", "17", "0.17.", "0.17.5.1", "0.17.5rc1"]
+NO_VERSIONS += ["v0.17.5", " 0.17.5", "0.17.5\n", "0.-17", "0.17.5+", "0.17.5+cu126+a", "0.17.5+cu_", "0.22.0+cu126", "0.٢١"]
+
+
+@pytest.mark.parametrize("version", NO_VERSIONS)
 def test_refuses_what_is_no_version(version, imported):
     before = sys.modules.get("natten")
     with pytest.raises(ValueError, match=r"version must be one of NATTEN's from 0\.14\.0 to 0\.21"):
         imported(version)
     assert sys.modules.get("natten") is before
+
+
+# ---- switches ----
+
+HAS = {f"has_{what}" for what in ("cuda", "half", "bfloat", "gemm", "tf32_gemm", "fp32_gemm", "fp64_gemm")}
+ENABLE = {f"{verb}_{what}" for verb in ("enable", "disable") for what in ("tf32", "gemm_na", "tiled_na")}
+UNFUSED = [(f"use_{what}", f"is_{what}_enabled") for what in ("tf32_in_gemm_na", "gemm_na", "tiled_na")]
+FUSED = [("use_fna", "is_fna_enabled"), ("use_fused_na", "is_fused_na_enabled")]
+LASTING = [
+    ("use_deterministic_algorithms", "are_deterministic_algorithms_enabled"),
+    ("use_kv_parallelism_in_fused_na", "is_kv_parallelism_in_fused_na_enabled"),
+]
+MEMORY = {"set_memory_usage_preference", "get_memory_usage_preference", "MemoryUsagePreference"}
+MEMORY |= {f"is_memory_usage_{preference}" for preference in ("default", "strict", "unrestricted")}
+AUTOTUNER = {"use_autotuner", "disable_autotuner", "is_autotuner_enabled"}
+AUTOTUNER |= {f"is_autotuner_{how}_for_{which}" for how in ("enabled", "thorough") for which in ("forward", "backward")}
+FLEX = {"use_flex_attention", "should_use_flex_attention", "force_flex_attention", "should_force_flex_attention"}
+COMPILED = [(f"allow_{what}", f"is_{what}_allowed") for what in ("flex_compile", "flex_compile_backprop")]
+IN_0_15 = HAS | ENABLE
+IN_0_17 = IN_0_15 | {name for pair in UNFUSED + FUSED + LASTING for name in pair} | MEMORY | AUTOTUNER
+IN_0_17 |= {"has_fna", "has_fused_na"}
+IN_0_20 = MEMORY | {name for pair in LASTING + COMPILED for name in pair}
+IN_0_20 |= {"HAS_LIBNATTEN", "disable_flex_compile", "disable_flex_compile_backprop"}
+
+
+@pytest.mark.parametrize(
+    ("versions", "names"),
+    [
+        (("0.14.0", "0.14.6"), set()),
+        (("0.15.0", "0.15.1"), IN_0_15),
+        (("0.17.0", "0.17.4"), IN_0_17),
+        (("0.17.5",), IN_0_17 | FLEX),
+        (("0.20.0", "0.21.6"), IN_0_20),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_switches_are_those_of_the_version(versions, names, imported):
+    for version in versions:
+        package = imported(version)
+        for module in (package, package.functional):
+            assert vars(module).keys() & (IN_0_17 | FLEX | IN_0_20) == names
+
+
+@pytest.mark.parametrize(("use", "ask"), UNFUSED + FUSED + LASTING + COMPILED)
+def test_switches_remember(use, ask):
+    use, ask = getattr(natten, use), getattr(natten, ask)
+    before = ask()
+    for mode in (not before, before):
+        use(mode)
+        assert ask() is mode
+    use(mode=not before)
+    use()
+    assert ask() is True
+    use(before)
+
+
+def test_switches_at_first():
+    """What holds in this library; asked where no other test has turned any."""
+    script = """
+from natrpb.compat import natten
+for version in ("0.15.1", "0.17.5", "0.21.6"):
+    names = natten._surface(version)[0]
+    print(*(name for name, ask in names.items() if name.startswith(("is_", "are_", "should_")) and ask()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    kept = {"are_deterministic_algorithms_enabled", "is_memory_usage_default"}
+    expected = [set(), kept | {"is_fused_na_enabled", "is_fna_enabled"}, kept]
+    assert [set(line.split()) for line in done.stdout.splitlines()] == expected, done.stderr
+
+
+def test_switches_that_turn_others():
+    """Each ends as it began."""
+    fused = natten.is_fused_na_enabled, natten.is_kv_parallelism_in_fused_na_enabled
+    fused += natten.should_use_flex_attention, natten.should_force_flex_attention
+    for use, modes in (
+        (natten.use_flex_attention, (True, True, True, False)),
+        (natten.force_flex_attention, (True, True, True, True)),
+        (lambda: natten.use_fna(False, True, True, True), (False,) * 4),
+        (lambda: natten.use_fused_na(kv_parallel=False), (True, False, False, False)),
+    ):
+        use()
+        assert tuple(ask() for ask in fused) == modes
+
+    tuned = natten.is_autotuner_enabled_for_forward, natten.is_autotuner_enabled_for_backward
+    tuned += natten.is_autotuner_thorough_for_forward, natten.is_autotuner_thorough_for_backward
+    for use, modes in (
+        (lambda: natten.use_autotuner(backward_pass=True, steps_backward=3), (False, True, False, False)),
+        (lambda: natten.use_autotuner(True, None, True), (True, True, True, False)),
+        (lambda: natten.use_autotuner(False, False, thorough_mode_backward=True), (False, False, True, True)),
+        (natten.disable_autotuner, (False,) * 4),
+    ):
+        use()
+        assert tuple(ask() for ask in tuned) == modes and natten.is_autotuner_enabled() is (modes[0] or modes[1])
+
+    for what, ask in (("tf32", "tf32_in_gemm_na"), ("gemm_na", "gemm_na"), ("tiled_na", "tiled_na")):
+        for verb, mode in (("enable", True), ("disable", False)):
+            assert getattr(natten, f"{verb}_{what}")() is getattr(natten, f"is_{ask}_enabled")() is mode
+
+    compiled = natten.is_flex_compile_allowed, natten.is_flex_compile_backprop_allowed
+    for use, modes in (
+        (lambda: natten.allow_flex_compile(backprop=True), (True, True)),
+        (natten.disable_flex_compile_backprop, (True, False)),
+        (natten.disable_flex_compile, (False, False)),
+    ):
+        use()
+        assert tuple(ask() for ask in compiled) == modes
+
+
+def test_memory_usage_preference(imported):
+    package = imported("0.21.6")
+    preferences = ("strict", "unrestricted", "default")
+    for preference in preferences:
+        package.set_memory_usage_preference(preference)
+        assert package.get_memory_usage_preference() is package.context.MemoryUsagePreference[preference.capitalize()]
+        assert [getattr(package, f"is_memory_usage_{one}")() for one in preferences] == [
+            one == preference for one in preferences
+        ]
+    for wrong in ("Strict", "is_set", None):
+        with pytest.raises(ValueError, match="pref must be 'default', 'strict' or 'unrestricted', got"):
+            package.set_memory_usage_preference(wrong)
+    assert package.is_memory_usage_default()
 
 
 def test_signatures_name_the_arguments():

@@ -3,21 +3,24 @@
     from natrpb.compat import natten
     natten.install("0.17.5")    # before others import natten: `import natten` and `import natten.functional` find this
 
-The modules, the fused and unfused ops and the usual switches of all those versions are there, whichever version is installed,
-and compute what they did in the version that last had them: on every device, in every float type, with the bias trained fused,
-differentiable to any order. The version settles what versions disagree about: order and defaults of the arguments of modules,
-of `na1d`, `na2d`, `na3d` and, before 0.17, of `na3d_qk` and `na3d_av`. What steered NATTEN's kernels (backends, tiles,
-switches) is accepted and does nothing. Not there are `attention`, variable lengths, autograd classes and counting of flops.
+The modules and the fused and unfused ops of all those versions are there, whichever version is installed, and compute what
+they did in the version that last had them: on every device, in every float type, with the bias trained fused, differentiable
+to any order. The version settles what versions disagree about: order and defaults of the arguments of modules, of `na1d`,
+`na2d`, `na3d` and, before 0.17, of `na3d_qk` and `na3d_av`. What steered NATTEN's kernels does nothing: backends and tiles
+are accepted, and the version's switches remember what they were set to. A pickled module comes back as of its version, without
+`install`. Not there are `attention`, variable lengths, autograd classes and counting of flops.
 
-The names in this module itself are those of 0.17.5, the last version with a bias.
+The ops and modules in this module itself are those of 0.17.5, the last version with a bias.
 """
 
 from __future__ import annotations
 
-import functools
+import enum
+import re
 import sys
 import types
 from collections.abc import Callable
+from functools import cache, partial
 from importlib.machinery import ModuleSpec
 
 import torch
@@ -35,7 +38,7 @@ _MODULES = (modules.NeighborhoodAttention1D, modules.NeighborhoodAttention2D, mo
 # ---- fused, heads-last: [B, *, heads, D] ----
 
 
-@functools.cache
+@cache
 def _op_of_0_17(attend: Callable) -> Callable:
     def op(
         query, key, value, kernel_size, dilation=1, is_causal=False, rpb=None, scale=None,
@@ -50,7 +53,7 @@ def _op_of_0_17(attend: Callable) -> Callable:
     return _named(op, attend)
 
 
-@functools.cache
+@cache
 def _op_of_0_20(attend: Callable) -> Callable:
     def op(
         query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, scale=None,
@@ -64,13 +67,18 @@ def _op_of_0_20(attend: Callable) -> Callable:
             additional_keys, additional_values, dropout_p, return_lse,
         )  # fmt: skip
 
-    return _named(op, attend)
+    return _named(op, attend, "0_20")
 
 
-def _named(made, like):
-    """`made` under the name of what it stands for."""
-    made.__name__, made.__qualname__, made.__module__ = like.__name__, like.__name__, __name__
+def _named(made, like, version: str = ""):
+    """`made` under the name of what it stands for.
+
+    Its qualified name is one of this module's, for pickle looks there; what is not of 0.17 has its version in it.
+    """
+    made.__name__, made.__module__ = like.__name__, __name__
+    made.__qualname__ = f"_{like.__name__}_of_{version}" if version else like.__name__
     made.__doc__ = f"`natrpb.{like.__name__}`, with the arguments of a version of NATTEN."
+    globals()[made.__qualname__] = made
     return made
 
 
@@ -113,15 +121,6 @@ def merge_attentions(
 # ---- unfused, heads-first: [B, heads, *, D]; no scale is applied ----
 
 
-def _scores(op: Callable, query, key, kernel_size, dilation, additional_keys, is_causal, rpb) -> Tensor:
-    """[B, heads, *, slots], followed by one score per additional key [B, heads, T, D]."""
-    scores = op(query, key, kernel_size, dilation, is_causal, rpb)
-    if additional_keys is None:
-        return scores
-    _check_additional("additional_keys", additional_keys, query)
-    return torch.cat([scores, torch.einsum("bh...d,bhtd->bh...t", query, additional_keys.to(query.dtype))], dim=-1)
-
-
 def _check_additional(name: str, given, like: Tensor) -> None:
     check_tensor(name, given, 4, "[B, heads, T, D]")
     batch, heads, head_dim = like.shape[0], like.shape[1], like.shape[-1]
@@ -129,43 +128,35 @@ def _check_additional(name: str, given, like: Tensor) -> None:
         raise ValueError(f"{name} must have shape [{batch}, {heads}, T, {head_dim}], got {list(given.shape)}")
 
 
-def _sums(op: Callable, attn, value, kernel_size, dilation, additional_values, is_causal) -> Tensor:
-    if additional_values is None:
-        return op(attn, value, kernel_size, dilation, is_causal)
-    _check_additional("additional_values", additional_values, value)
-    slots = attn.shape[-1] - additional_values.shape[2]
-    extra = torch.einsum("bh...t,bhtd->bh...d", attn[..., slots:].to(value.dtype), additional_values.to(value.dtype))
-    return op(attn[..., :slots], value, kernel_size, dilation, is_causal) + extra
+def _qk(scores: Callable) -> Callable:
+    """`scores`, followed by one score per additional key [B, heads, T, D]."""
+
+    def op(query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None) -> Tensor:
+        attn = scores(query, key, kernel_size, dilation, is_causal, rpb)
+        if additional_keys is None:
+            return attn
+        _check_additional("additional_keys", additional_keys, query)
+        return torch.cat([attn, torch.einsum("bh...d,bhtd->bh...t", query, additional_keys.to(query.dtype))], dim=-1)
+
+    return _named(op, scores)
 
 
-def na1d_qk(query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None) -> Tensor:
-    """See `na2d_qk`."""
-    return _scores(functional.na1d_qk, query, key, kernel_size, dilation, additional_keys, is_causal, rpb)
+def _av(sums: Callable) -> Callable:
+    """`sums`; attn's last weights are those of additional values [B, heads, T, D]."""
+
+    def op(attn, value, kernel_size, dilation=1, additional_values=None, is_causal=False) -> Tensor:
+        if additional_values is None:
+            return sums(attn, value, kernel_size, dilation, is_causal)
+        _check_additional("additional_values", additional_values, value)
+        slots = attn.shape[-1] - additional_values.shape[2]
+        extra = torch.einsum("bh...t,bhtd->bh...d", attn[..., slots:].to(value.dtype), additional_values.to(value.dtype))
+        return sums(attn[..., :slots], value, kernel_size, dilation, is_causal) + extra
+
+    return _named(op, sums)
 
 
-def na2d_qk(query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None) -> Tensor:
-    """`natrpb.na2d_qk`; the scores of additional keys [B, heads, T, D] follow those of the neighborhood."""
-    return _scores(functional.na2d_qk, query, key, kernel_size, dilation, additional_keys, is_causal, rpb)
-
-
-def na3d_qk(query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None) -> Tensor:
-    """See `na2d_qk`."""
-    return _scores(functional.na3d_qk, query, key, kernel_size, dilation, additional_keys, is_causal, rpb)
-
-
-def na1d_av(attn, value, kernel_size, dilation=1, additional_values=None, is_causal=False) -> Tensor:
-    """See `na2d_av`."""
-    return _sums(functional.na1d_av, attn, value, kernel_size, dilation, additional_values, is_causal)
-
-
-def na2d_av(attn, value, kernel_size, dilation=1, additional_values=None, is_causal=False) -> Tensor:
-    """`natrpb.na2d_av`; attn's last weights are those of additional values [B, heads, T, D]."""
-    return _sums(functional.na2d_av, attn, value, kernel_size, dilation, additional_values, is_causal)
-
-
-def na3d_av(attn, value, kernel_size, dilation=1, additional_values=None, is_causal=False) -> Tensor:
-    """See `na2d_av`."""
-    return _sums(functional.na3d_av, attn, value, kernel_size, dilation, additional_values, is_causal)
+na1d_qk, na2d_qk, na3d_qk = map(_qk, (functional.na1d_qk, functional.na2d_qk, functional.na3d_qk))
+na1d_av, na2d_av, na3d_av = map(_av, (functional.na1d_av, functional.na2d_av, functional.na3d_av))
 
 
 def na1d_qk_with_bias(query, key, bias, kernel_size, dilation, additional_keys=None) -> Tensor:
@@ -195,8 +186,7 @@ def _sizes(rpb, kernel_size, dilation) -> tuple:
 
 def natten1dqkrpb(query, key, rpb, kernel_size, dilation=None) -> Tensor:
     """See `natten2dqkrpb`."""
-    kernel_size, dilation = _sizes(rpb, kernel_size, dilation)
-    return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
+    return na1d_qk(query, key, *_sizes(rpb, kernel_size, dilation), rpb=rpb)
 
 
 def natten2dqkrpb(query, key, rpb, kernel_size, dilation=None) -> Tensor:
@@ -204,8 +194,7 @@ def natten2dqkrpb(query, key, rpb, kernel_size, dilation=None) -> Tensor:
 
     With a fourth argument alone, which up to 0.14.4 was the dilation, rpb's size says what K is.
     """
-    kernel_size, dilation = _sizes(rpb, kernel_size, dilation)
-    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
+    return na2d_qk(query, key, *_sizes(rpb, kernel_size, dilation), rpb=rpb)
 
 
 def natten3dqkrpb(query, key, rpb, kernel_size_d, kernel_size, dilation_d, dilation) -> Tensor:
@@ -213,14 +202,7 @@ def natten3dqkrpb(query, key, rpb, kernel_size_d, kernel_size, dilation_d, dilat
     return na3d_qk_with_bias(query, key, rpb, kernel_size_d, kernel_size, dilation_d, dilation)
 
 
-def natten1dqk(query, key, kernel_size, dilation) -> Tensor:
-    """Scores without bias, [B, heads, L, K]."""
-    return na1d_qk(query, key, kernel_size, dilation)
-
-
-def natten2dqk(query, key, kernel_size, dilation) -> Tensor:
-    """Scores without bias, [B, heads, H, W, K * K]."""
-    return na2d_qk(query, key, kernel_size, dilation)
+natten1dqk, natten2dqk = na1d_qk, na2d_qk
 
 
 def natten3dqk(query, key, kernel_size_d, kernel_size, dilation_d, dilation, additional_keys=None) -> Tensor:
@@ -254,7 +236,7 @@ def natten3dav(attn, value, kernel_size_d, kernel_size, dilation_d, dilation, ad
 # ---- modules ----
 
 
-@functools.cache
+@cache
 def _module_of_0_14_5(base: type) -> type:
     class Module(base):
         def __init__(
@@ -266,10 +248,10 @@ def _module_of_0_14_5(base: type) -> type:
                 qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop, pad_small_inputs=True,
             )  # fmt: skip
 
-    return _named(Module, base)
+    return _named(Module, base, "0_14_5")
 
 
-@functools.cache
+@cache
 def _module_of_0_14_0(base: type) -> type:
     class Module(_module_of_0_14_5(base)):
         def __init__(
@@ -277,10 +259,10 @@ def _module_of_0_14_0(base: type) -> type:
         ) -> None:  # fmt: skip
             super().__init__(dim, num_heads, kernel_size, dilation, True, qkv_bias, qk_scale, attn_drop, proj_drop)
 
-    return _named(Module, base)
+    return _named(Module, base, "0_14_0")
 
 
-@functools.cache
+@cache
 def _volume_module_of_0_15(base: type) -> type:
     class Module(_module_of_0_14_5(base)):
         def __init__(
@@ -291,10 +273,10 @@ def _volume_module_of_0_15(base: type) -> type:
             steps = (dilation_d or dilation or 1, dilation or 1, dilation or 1)
             super().__init__(dim, num_heads, sizes, steps, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
 
-    return _named(Module, base)
+    return _named(Module, base, "0_15")
 
 
-@functools.cache
+@cache
 def _module_of_0_17(base: type) -> type:
     class Module(base):
         def __init__(
@@ -309,7 +291,7 @@ def _module_of_0_17(base: type) -> type:
     return _named(Module, base)
 
 
-@functools.cache
+@cache
 def _module_of_0_20(base: type) -> type:
     class Module(base):
         def __init__(
@@ -321,30 +303,106 @@ def _module_of_0_20(base: type) -> type:
                 qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop,
             )  # fmt: skip
 
-    return _named(Module, base)
+    return _named(Module, base, "0_20")
 
 
 # ---- switches ----
 
+
+class _Switch:
+    """Of NATTEN's kernels: nothing here depends on it, but whoever asks hears what it was set to."""
+
+    def __init__(self, on: bool = False) -> None:
+        self.on = on
+
+    def use(self, mode: bool = True) -> bool:
+        """Turns it on or off; whether it is on."""
+        self.on = bool(mode)
+        return self.on
+
+    def is_on(self) -> bool:
+        """Whether it is on."""
+        return self.on
+
+
+# Attention is fused and deterministic here, and at first these two say so.
+_fused_na, _deterministic, _kv_parallelism, _flex, _flex_alone = (_Switch(on) for on in (True, True, False, False, False))
+_tf32, _gemm_na, _tiled_na, _flex_compile, _flex_compile_backprop = (_Switch() for _ in range(5))
+_tuned_forward, _tuned_backward, _thorough_forward, _thorough_backward = (_Switch() for _ in range(4))
+
+
+def use_fused_na(mode=True, kv_parallel=True, use_flex_attention=False, force_flex_attention=False) -> None:
+    """Turns four switches; with `mode=False` all of them off."""
+    given = (True, kv_parallel, use_flex_attention, force_flex_attention)
+    for switch, on in zip((_fused_na, _kv_parallelism, _flex, _flex_alone), given):
+        switch.use(mode and on)
+
+
+def use_autotuner(
+    forward_pass=None, backward_pass=None, thorough_mode_forward=None, thorough_mode_backward=None,
+    warmup_steps_forward=None, warmup_steps_backward=None, steps_forward=None, steps_backward=None,
+) -> None:  # fmt: skip
+    """Turns four switches, but those left at None."""
+    given = (forward_pass, backward_pass, thorough_mode_forward, thorough_mode_backward)
+    for switch, on in zip((_tuned_forward, _tuned_backward, _thorough_forward, _thorough_backward), given):
+        switch.use(switch.on if on is None else on)
+
+
+def is_autotuner_enabled() -> bool:
+    """Whether it is on in the forward or in the backward pass."""
+    return _tuned_forward.on or _tuned_backward.on
+
+
+def allow_flex_compile(mode=True, backprop=False) -> None:
+    """Turns two switches; with `mode=False` both off."""
+    _flex_compile.use(mode)
+    _flex_compile_backprop.use(mode and backprop)
+
+
+class MemoryUsagePreference(enum.Enum):
+    """How much memory NATTEN's backward pass was to take for its speed."""
+
+    Default, Strict, Unrestricted = range(3)
+
+    def is_set(self) -> bool:
+        """Whether it is the one that was last set."""
+        return self is _memory_usage
+
+
+_memory_usage = MemoryUsagePreference.Default
+
+
+def set_memory_usage_preference(pref: str = "default") -> None:
+    """Sets it to "default", "strict" or "unrestricted"."""
+    global _memory_usage
+    if pref not in ("default", "strict", "unrestricted"):
+        raise ValueError(f"pref must be 'default', 'strict' or 'unrestricted', got {pref!r}")
+    _memory_usage = MemoryUsagePreference[pref.capitalize()]
+
+
+def get_memory_usage_preference() -> MemoryUsagePreference:
+    """The one that was last set."""
+    return _memory_usage
+
+
+is_memory_usage_default, is_memory_usage_strict, is_memory_usage_unrestricted = (one.is_set for one in MemoryUsagePreference)
+use_fna, is_fna_enabled, is_fused_na_enabled = use_fused_na, _fused_na.is_on, _fused_na.is_on
+use_flex_attention, should_use_flex_attention = partial(use_fused_na, use_flex_attention=True), _flex.is_on
+force_flex_attention, should_force_flex_attention = partial(use_flex_attention, force_flex_attention=True), _flex_alone.is_on
+use_deterministic_algorithms, are_deterministic_algorithms_enabled = _deterministic.use, _deterministic.is_on
+use_kv_parallelism_in_fused_na, is_kv_parallelism_in_fused_na_enabled = _kv_parallelism.use, _kv_parallelism.is_on
+use_tf32_in_gemm_na, is_tf32_in_gemm_na_enabled = _tf32.use, _tf32.is_on
+use_gemm_na, is_gemm_na_enabled = _gemm_na.use, _gemm_na.is_on
+use_tiled_na, is_tiled_na_enabled = _tiled_na.use, _tiled_na.is_on
+enable_tf32, enable_gemm_na, enable_tiled_na = _tf32.use, _gemm_na.use, _tiled_na.use
+disable_tf32, disable_gemm_na, disable_tiled_na = (partial(switch.use, False) for switch in (_tf32, _gemm_na, _tiled_na))
+disable_autotuner = partial(use_autotuner, False, False, False, False)
+is_autotuner_enabled_for_forward, is_autotuner_enabled_for_backward = _tuned_forward.is_on, _tuned_backward.is_on
+is_autotuner_thorough_for_forward, is_autotuner_thorough_for_backward = _thorough_forward.is_on, _thorough_backward.is_on
+disable_flex_compile, is_flex_compile_allowed = partial(allow_flex_compile, False), _flex_compile.is_on
+allow_flex_compile_backprop, is_flex_compile_backprop_allowed = _flex_compile_backprop.use, _flex_compile_backprop.is_on
+disable_flex_compile_backprop = partial(allow_flex_compile_backprop, False)
 HAS_LIBNATTEN = True
-
-
-def _ignore(*args, **kwargs) -> None:
-    """Steered NATTEN's kernels; here attention is always fused and deterministic."""
-
-
-use_fna = use_fused_na = use_kv_parallelism_in_fused_na = use_deterministic_algorithms = _ignore
-use_autotuner = disable_autotuner = set_memory_usage_preference = _ignore
-use_gemm_na = use_tiled_na = use_tf32_in_gemm_na = _ignore
-
-
-def _yes() -> bool:
-    """True: of this library that is always so."""
-    return True
-
-
-is_fna_enabled = is_fused_na_enabled = are_deterministic_algorithms_enabled = _yes
-has_fna = has_fused_na = has_half = has_bfloat = _yes
 
 
 def has_cuda() -> bool:
@@ -352,9 +410,31 @@ def has_cuda() -> bool:
     return "cuda" in _ext.info()["devices"]
 
 
+def _always(device_index=None) -> bool:
+    """True: of this library that is always so."""
+    return True
+
+
+def _never(device_index=None) -> bool:
+    """False: NATTEN's unfused kernels by matrix products, with TF32 for fp32, have no counterpart here."""
+    return False
+
+
+has_fna = has_fused_na = has_half = has_bfloat = _always
+has_gemm = has_tf32_gemm = has_fp32_gemm = has_fp64_gemm = _never
+
+
 # ---- versions ----
 
-# From which version on: how ops and modules take their arguments, what takes others on three axes (0.15 and 0.16), submodules.
+na1d, na2d, na3d = map(_op_of_0_17, _OPS)
+NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D = map(_module_of_0_17, _MODULES)
+
+
+def _made(make_op: Callable, make_module: Callable) -> dict[str, object]:
+    return {like.__name__: make_op(like) for like in _OPS} | {like.__name__: make_module(like) for like in _MODULES}
+
+
+# From which version on: how ops and modules take their arguments, on three axes otherwise in 0.15 and 0.16, and submodules.
 # NB: by `context` the official NAT code tells that it has 0.17 or a later one.
 _IN_VOLUMES = {
     "na3d_qk": natten3dqk,
@@ -362,28 +442,57 @@ _IN_VOLUMES = {
     "NeighborhoodAttention3D": _volume_module_of_0_15(modules.NeighborhoodAttention3D),
 }
 _EPOCHS = (
-    ((0, 14, 0), _op_of_0_17, _module_of_0_14_0, _IN_VOLUMES, ("functional",)),
-    ((0, 14, 5), _op_of_0_17, _module_of_0_14_5, _IN_VOLUMES, ("functional",)),
-    ((0, 17, 0), _op_of_0_17, _module_of_0_17, {}, ("functional", "context")),
-    ((0, 20, 0), _op_of_0_20, _module_of_0_20, {}, ("functional", "context")),
+    ((0, 14, 0), _made(_op_of_0_17, _module_of_0_14_0) | _IN_VOLUMES, ("functional",)),
+    ((0, 14, 5), _made(_op_of_0_17, _module_of_0_14_5) | _IN_VOLUMES, ("functional",)),
+    ((0, 17, 0), _made(_op_of_0_17, _module_of_0_17), ("functional", "context")),
+    ((0, 20, 0), _made(_op_of_0_20, _module_of_0_20), ("functional", "context")),
 )
 
-na1d, na2d, na3d = map(_op_of_0_17, _OPS)
-NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D = map(_module_of_0_17, _MODULES)
+# From which version on and before which one there are these names.
+_SWITCHES = {
+    ((0, 15, 0), (0, 20, 0)): """
+        has_cuda has_half has_bfloat has_gemm has_tf32_gemm has_fp32_gemm has_fp64_gemm
+        enable_tf32 disable_tf32 enable_gemm_na disable_gemm_na enable_tiled_na disable_tiled_na""",
+    ((0, 17, 0), (0, 20, 0)): """
+        has_fna has_fused_na use_fna is_fna_enabled use_fused_na is_fused_na_enabled
+        use_tf32_in_gemm_na is_tf32_in_gemm_na_enabled use_gemm_na is_gemm_na_enabled use_tiled_na is_tiled_na_enabled
+        use_autotuner disable_autotuner is_autotuner_enabled is_autotuner_enabled_for_forward
+        is_autotuner_enabled_for_backward is_autotuner_thorough_for_forward is_autotuner_thorough_for_backward""",
+    ((0, 17, 5), (0, 20, 0)): """
+        use_flex_attention should_use_flex_attention force_flex_attention should_force_flex_attention""",
+    ((0, 17, 0), (0, 22, 0)): """
+        use_deterministic_algorithms are_deterministic_algorithms_enabled
+        use_kv_parallelism_in_fused_na is_kv_parallelism_in_fused_na_enabled
+        MemoryUsagePreference set_memory_usage_preference get_memory_usage_preference
+        is_memory_usage_default is_memory_usage_strict is_memory_usage_unrestricted""",
+    ((0, 20, 0), (0, 22, 0)): """
+        HAS_LIBNATTEN allow_flex_compile disable_flex_compile is_flex_compile_allowed
+        allow_flex_compile_backprop disable_flex_compile_backprop is_flex_compile_backprop_allowed""",
+}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Its three numbers, by PEP 440: a missing patch is 0, and a local part, +torch260cu126, tells no versions apart."""
+    form = r"(\d+)\.(\d+)(?:\.(\d+))?(?:\+[a-z0-9]+(?:[._-][a-z0-9]+)*)?"
+    found = re.fullmatch(form, version, re.ASCII | re.IGNORECASE) if isinstance(version, str) else None
+    release = tuple(int(part or 0) for part in found.groups()) if found else ()
+    if not (0, 14, 0) <= release < (0, 22, 0):
+        raise ValueError(f"version must be one of NATTEN's from 0.14.0 to 0.21, as in {DEFAULT_VERSION!r}, got {version!r}")
+    return release
 
 
 def _surface(version: str) -> tuple[dict[str, object], tuple[str, ...]]:
     """All public names as `version` has them, and its submodules."""
-    parts = str(version).split(".")
-    release = tuple(map(int, parts)) if len(parts) == 3 and all(part.isdigit() for part in parts) else ()
-    if not (0, 14, 0) <= release < (0, 22, 0):
-        raise ValueError(f"version must be one of NATTEN's from 0.14.0 to 0.21, as in {DEFAULT_VERSION!r}, got {version!r}")
+    release = _release(version)
     names = {name: value for name, value in globals().items() if getattr(value, "__module__", None) == __name__}
     names = {name: value for name, value in names.items() if not name.startswith("_") and value is not install}
-    names["HAS_LIBNATTEN"] = HAS_LIBNATTEN
-    _, make_op, make_module, others, submodules = [epoch for epoch in _EPOCHS if epoch[0] <= release][-1]
-    names |= {like.__name__: make_op(like) for like in _OPS} | {like.__name__: make_module(like) for like in _MODULES}
-    return names | others, submodules
+    for (first, end), switches in _SWITCHES.items():
+        for name in switches.split():
+            names.pop(name, None)
+            if first <= release < end:
+                names[name] = globals()[name]
+    _, made, submodules = [epoch for epoch in _EPOCHS if epoch[0] <= release][-1]
+    return names | made, submodules
 
 
 def install(version: str = DEFAULT_VERSION) -> None:
@@ -393,10 +502,10 @@ def install(version: str = DEFAULT_VERSION) -> None:
     a real natten, if there is one, are left alone; this process no longer finds them.
 
     Args:
-        version: which NATTEN to be, as in "0.14.6" or "0.21.0"; also `natten.__version__`.
+        version: which NATTEN to be, as in "0.14.6", "0.21" (0.21.0) or "0.17.5+torch260cu126"; also `natten.__version__`.
 
     Raises:
-        ValueError: not a version from 0.14.0 to 0.21.
+        ValueError: not a release from 0.14.0 to 0.21.
     """
     names, submodules = _surface(version)
     package, *parts = (types.ModuleType(name, __doc__) for name in ("natten", *(f"natten.{part}" for part in submodules)))
