@@ -1,7 +1,9 @@
 #include "cuda/tiling.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <vector>
 
 namespace natrpb::cuda {
 
@@ -193,9 +195,7 @@ void choose_ctas(Tiling& tiling, const LocalAttentionParams& params, int row_byt
   lay_out(tiling);
 }
 
-}  // namespace
-
-Tiling make_tiling(const LocalAttentionParams& params, bool transposed, int channels, const TilingLimits& limits) {
+Tiling cut(const LocalAttentionParams& params, bool transposed, int channels, const TilingLimits& limits) {
   Tiling tiling;
   tiling.transposed = transposed;
   int32_t log_tile[kAxes];
@@ -234,6 +234,55 @@ Tiling make_tiling(const LocalAttentionParams& params, bool transposed, int chan
     tiling.ctas *= static_cast<int64_t>(axis.ctas) * axis.groups();
   }
   return tiling;
+}
+
+// All that a tiling depends on.
+typedef std::array<int64_t, 6 * kAxes + 12> Key;
+Key key_of(const LocalAttentionParams& params, bool transposed, int channels, const TilingLimits& limits) {
+  Key key{params.batch,
+          params.heads,
+          transposed,
+          channels,
+          limits.block_bytes,
+          limits.multiprocessor_bytes,
+          limits.multiprocessor_warps,
+          limits.multiprocessors,
+          limits.most_tiles,
+          limits.bytes_per_cta,
+          limits.bytes_per_warp,
+          limits.bytes_per_pair};
+  int64_t* next = key.data() + 12;
+  for (const Axis& axis : params.axis) {
+    for (int64_t number : {axis.length, axis.kernel_size, axis.stride, axis.dilation, axis.shift}) *next++ = number;
+    *next++ = static_cast<int64_t>(axis.kind);
+  }
+  return key;
+}
+
+struct KeptTiling {
+  Key key;
+  Tiling tiling;
+};
+
+}  // namespace
+
+// NB: one takes 1 to 7 us. An op asks for its few ones again and again, and a model for those of its layers.
+Tiling make_tiling(const LocalAttentionParams& params, bool transposed, int channels, const TilingLimits& limits) {
+  constexpr size_t kMostKept = 64;
+  static thread_local std::vector<KeptTiling> kept;
+  static thread_local size_t oldest = 0;
+  const Key key = key_of(params, transposed, channels, limits);
+  for (const KeptTiling& one : kept) {
+    if (one.key == key) return one.tiling;
+  }
+  const KeptTiling made{key, cut(params, transposed, channels, limits)};
+  if (kept.size() < kMostKept) {
+    kept.push_back(made);
+  } else {
+    kept[oldest] = made;
+    oldest = (oldest + 1) % kMostKept;
+  }
+  return made.tiling;
 }
 
 }  // namespace natrpb::cuda
