@@ -127,10 +127,12 @@ Status prepare(const Params& p, void* stream) {
   preparation.halos = const_cast<HaloSpan*>(p.halos);
   preparation.fragments = const_cast<float4*>(p.fragments);
   preparation.columns = const_cast<uint32_t*>(p.columns);
-  constexpr int kPrepareThreads = 128;
-  const int64_t work = p.tiling.fragments(preparation.heads) + p.tiling.column_words() + p.tiling.spans + p.tiling.halos;
-  return launch(prepare_kernel, dim3(static_cast<unsigned>(ceil_div(work, kPrepareThreads))), kPrepareThreads, 0, stream,
-                preparation);
+  constexpr int64_t kMostCtas = 4096;  // each finds its class anew
+  const Tiling& tiling = p.tiling;
+  const int64_t parts = ceil_div(preparation.heads * tiling.pairs * kPairFloat4, kPrepareThreads);
+  preparation.parts = static_cast<int32_t>(min_of(parts, max_of(kMostCtas / tiling.classes, 1)));
+  const int64_t ctas = int64_t{tiling.classes} * preparation.parts + ceil_div(tiling.spans + tiling.halos, kPrepareThreads);
+  return launch(prepare_kernel, dim3(static_cast<unsigned>(ctas)), kPrepareThreads, sizeof(ClassTile), stream, preparation);
 }
 
 // Statistics of every query, [B, h, *].

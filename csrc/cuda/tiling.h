@@ -53,6 +53,7 @@ struct AxisTiling {
   int32_t halo = 1;        // columns of the widest CTA
 
   NATRPB_HD int32_t tile() const { return 1 << log_tile; }
+  NATRPB_HD int64_t tiles_of(int64_t rows) const { return (rows + tile() - 1) >> log_tile; }
   NATRPB_HD int32_t step_of(int32_t r) const { return r >> row_shift & (tile() - 1); }
   NATRPB_HD int32_t groups() const { return static_cast<int32_t>(axis.groups()); }
   // Which of the two lengths a group has.
@@ -60,25 +61,31 @@ struct AxisTiling {
   NATRPB_HD int32_t first_class(int32_t which) const { return which == 0 ? 0 : head[0] + period[0] + tail[0]; }
 
   // Tiles of a window: no tile crosses the border of one.
-  NATRPB_HD int32_t window_tiles() const { return static_cast<int32_t>(ceil_div(axis.kernel_size, tile())); }
+  NATRPB_HD int32_t window_tiles() const { return static_cast<int32_t>(tiles_of(axis.kernel_size)); }
   // The rows at the ends of a group of `size`; none where they would overlap.
   NATRPB_HD int64_t end_rows_of(int64_t size) const { return size >= 2 * end_rows ? end_rows : 0; }
 
-  NATRPB_HD Interval rows_of(int64_t t, int64_t size) const {
+  NATRPB_HD Interval rows_of(int32_t t, int64_t size) const {
     if (axis.kind == AxisKind::kWindow) {
-      const int64_t window = t / window_tiles() - (axis.shift > 0);
+      const int64_t window = int64_t{t / window_tiles()} - (axis.shift > 0);
       const int64_t begin = window * axis.kernel_size + axis.shift;
       const int64_t first = max_of(begin, 0) + t % window_tiles() * tile();
       return {first, min_of(min_of(first + tile(), begin + axis.kernel_size), size) - 1};
     }
     // [0, ends), [ends, size - ends) and [size - ends, size), each cut from its start
-    const int64_t ends = end_rows_of(size), end_tiles = ceil_div(ends, tile());
-    const int64_t middle_tiles = ceil_div(size - 2 * ends, tile());
-    if (t < end_tiles) return {t * tile(), min_of((t + 1) * tile(), ends) - 1};
-    t -= end_tiles;
-    if (t < middle_tiles) return {ends + t * tile(), min_of(ends + (t + 1) * tile(), size - ends) - 1};
-    t -= middle_tiles;
-    return {size - ends + t * tile(), min_of(size - ends + (t + 1) * tile(), size) - 1};
+    const int64_t ends = end_rows_of(size), end_tiles = tiles_of(ends), middle_tiles = tiles_of(size - 2 * ends);
+    int64_t begin = 0, end = ends;
+    if (t >= end_tiles + middle_tiles) {
+      begin = size - ends;
+      end = size;
+      t -= static_cast<int32_t>(end_tiles + middle_tiles);
+    } else if (t >= end_tiles) {
+      begin = ends;
+      end = size - ends;
+      t -= static_cast<int32_t>(end_tiles);
+    }
+    const int64_t first = begin + int64_t{t} * tile();
+    return {first, min_of(first + tile(), end) - 1};
   }
 
   // Columns that one row sees.
@@ -128,14 +135,11 @@ struct AxisTiling {
   }
 
   NATRPB_HD HaloSpan halo_of(int32_t which, int32_t cta) const {
-    int32_t first = 0, end = 0;
-    for (int32_t t = cta * cta_tiles; t < (cta + 1) * cta_tiles; ++t) {
-      const TileSpan span = span_of(which, t);
-      if (span.rows == 0) continue;
-      if (end == 0) first = span.col_first;
-      end = span.col_first + span.cols;
-    }
-    return {first, end - first};
+    const int32_t begin = cta * cta_tiles, end = begin + cta_tiles;
+    TileSpan first = span_of(which, begin), last = span_of(which, end - 1);
+    for (int32_t t = begin + 1; t < end && first.rows == 0; ++t) first = span_of(which, t);
+    for (int32_t t = end - 2; t >= begin && last.rows == 0; --t) last = span_of(which, t);
+    return {first.col_first, last.col_first + last.cols - first.col_first};
   }
 };
 

@@ -52,7 +52,7 @@ struct Axis {
 
   // Keys of query p in a group of `size` positions.
   NATRPB_HD Interval keys(int64_t p, int64_t size) const {
-    const int64_t group_of_strides = p / stride * stride;
+    const int64_t group_of_strides = stride == 1 ? p : p / stride * stride;  // NB: GPUs divide 64 bits in some hundred steps
     if (kind == AxisKind::kNeighborhood) {
       const int64_t leader = min_of(group_of_strides + stride / 2, size - 1);
       const int64_t first = min_of(max_of(leader - kernel_size / 2, 0), size - kernel_size);
@@ -71,6 +71,10 @@ struct Axis {
       // keys(p).first <= k  <=>  k >= size - K  or  leader(p) <= k + K/2
       // keys(p).last  >= k  <=>  k <= K - 1     or  leader(p) >= k - K + 1 + K/2
       const int64_t reach = k + kernel_size / 2 - stride / 2;
+      if (stride == 1) {
+        const int64_t last = k >= size - kernel_size ? size - 1 : min_of(reach, size - 1);
+        return {min_of(k < kernel_size ? 0 : reach - kernel_size + 1, size - 1), last};
+      }
       const int64_t last = k >= size - kernel_size ? size - 1 : min_of((reach / stride + 1) * stride, size) - 1;
       const int64_t first = k < kernel_size ? 0 : ceil_div(max_of(reach - kernel_size + 1, 0), stride) * stride;
       return {min_of(first, (size - 1) / stride * stride), last};
