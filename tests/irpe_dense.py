@@ -57,7 +57,7 @@ def tables_of(method: str) -> list[tuple[str, str]]:
     return [("", method)]
 
 
-def dense_attention(query, key, value, rpe_q, rpe_k, rpe_v, scale, excluded=None) -> Tensor:
+def dense_attention(query, key, value, rpe_q, rpe_k, rpe_v, scale, excluded=None, added=None) -> Tensor:
     """Attention with gathered encodings; every tensor heads-first.
 
     Args:
@@ -65,6 +65,7 @@ def dense_attention(query, key, value, rpe_q, rpe_k, rpe_v, scale, excluded=None
         rpe_q, rpe_k, rpe_v: lists of (table, bucket map [L, L]): tables [h or 1, d, C], for a bias [h or 1, C], on values
             [h or 1, C, d].
         excluded: bool, broadcast to [B, h, L, L].
+        added: to the scores, broadcast to [B, h, L, L].
     """
     heads = query.shape[1]
 
@@ -82,6 +83,8 @@ def dense_attention(query, key, value, rpe_q, rpe_k, rpe_v, scale, excluded=None
             scores = scores + every_head(table)[:, index.t()]
         else:
             scores = scores + torch.einsum("bhjd,hdij->bhij", scale * key, every_head(table)[:, :, index.t()])
+    if added is not None:
+        scores = scores + added
     if excluded is not None:
         scores = scores.masked_fill(excluded, float("-inf"))
     weights = scores.softmax(-1)

@@ -26,6 +26,16 @@ def test_bucket_ids(name, skip, dtype):
     assert irpe.get_num_buckets(method, *coefficients) == buckets_of(name, 2.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_bucket_ids_are_the_callers_own(dtype):
+    def ids():
+        return irpe.get_bucket_ids_2d(irpe.METHOD.PRODUCT, 4, 3, 1, 2.0, 4.0, 16.0, dtype)[0]
+
+    expected = ids().clone()
+    ids().zero_()
+    assert expected.any() and torch.equal(ids(), expected)
+
+
 def test_cross_has_no_single_map():
     with pytest.raises(ValueError, match="CROSS_ROWS"):
         irpe.get_bucket_ids_2d(irpe.METHOD.CROSS, 3, 3, 0, 2.0, 4.0, 16.0)

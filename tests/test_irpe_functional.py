@@ -119,6 +119,97 @@ def test_autocast_casts_what_it_multiplies():
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
 
 
+def pairs(*given: Tensor) -> tuple[Tensor, Tensor]:
+    """scores [B, h, N, N] and value encodings [h, N, N, Dv] of the arguments of `attend`, written out in fp64."""
+    query, key, _, key_table, query_table, bias_table, value_table = (x.double() for x in given)
+    index = natrpb.irpe.bucket_ids("product", 2, 3, device=query.device).long()
+    key_vectors, query_vectors = (table.expand(H, -1, -1)[..., index] for table in (key_table, query_table))  # [h, D, N, N]
+    scores = torch.einsum("bihd,bjhd->bhij", query, key)
+    scores = scores + torch.einsum("bihd,hdij->bhij", query, key_vectors)
+    scores = scores + torch.einsum("bjhd,hdij->bhij", key, query_vectors)
+    return D**-0.5 * scores + bias_table[:, index], value_table.expand(H, -1, -1)[:, index]
+
+
+def dense(*given: Tensor, added: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and weights in fp64."""
+    scores, vectors = pairs(*given)
+    scores = scores + added
+    weights = scores.softmax(-1)
+    out = torch.einsum("bhij,bjhd->bihd", weights, given[2].double()) + torch.einsum("bhij,hijd->bihd", weights, vectors)
+    return out, scores.logsumexp(-1).transpose(1, 2), weights
+
+
+@pytest.mark.parametrize("shape", [(N, N), (B, H, N, N), (1, H, N, N), (B, 1, N, N)], ids=str)
+def test_masks_on_pairs(leaves, shape):
+    """Numbers are added to the scores, -inf excludes as True does; the mask has a gradient."""
+    numbers = torch.randn(shape, dtype=torch.float64)
+    numbers[..., 1:3].masked_fill_(torch.rand(*shape[:-1], 2) < 0.5, -torch.inf)
+    numbers.requires_grad_()
+    found = attend(*leaves, attn_mask=numbers, return_lse=True, return_weights=True)
+    expected = dense(*leaves, added=numbers)
+    given = [torch.randn_like(x) for x in expected]
+    for ours, wanted in zip(found, expected):
+        close(ours, wanted)
+    inputs = [*leaves, numbers]
+    for ours, wanted in zip(torch.autograd.grad(found, inputs, given), torch.autograd.grad(expected, inputs, given)):
+        close(ours, wanted)
+    infinite = torch.zeros_like(numbers).masked_fill(numbers.isinf(), -torch.inf)
+    out = attend(*leaves, attn_mask=infinite.float())
+    close(attend(*leaves, attn_mask=numbers.isinf()), out)
+    close(out, dense(*leaves, added=infinite)[0])
+
+
+class TestUnfused:
+    """Weights and dropout need scores for every pair: they may exceed what fp16 holds, and bf16 has 8 bits."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_scores_are_not_rounded(self, dtype, autocast):
+        given = [x.to(dtype) for x in tensors().values()]
+        given[0][..., 0], given[1][..., 0] = 32, 16  # scores of about 256, where bf16 has steps of 2
+        exact = dense(*given)
+        arguments = [x.float() for x in given] if autocast else given
+        with torch.autocast(given[0].device.type, dtype=dtype, enabled=autocast and dtype != torch.float32):
+            out, lse, weights = attend(*arguments, return_lse=True, return_weights=True)
+        assert (out.dtype, lse.dtype, weights.dtype) == (dtype, torch.float32, dtype)
+        tolerance = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
+        for ours, wanted in zip((out, lse, weights), exact):
+            close(ours.double(), wanted, tolerance)
+
+    @pytest.mark.parametrize("options", [{"return_weights": True}, {"dropout_p": 1e-12}], ids=["weights", "dropout"])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_scores_beyond_fp16(self, options, autocast):
+        given = [x.half() for x in tensors().values()]
+        given[0], given[1] = 300 * given[0], 300 * given[1]
+        assert pairs(*given)[0].abs().max() > torch.finfo(torch.float16).max
+        leaves = [(x.float() if autocast else x).requires_grad_() for x in given]
+        with torch.autocast(given[0].device.type, dtype=torch.float16, enabled=autocast):
+            out, lse, *_ = attend(*leaves, return_lse=True, **options)
+        exact, exact_lse, _ = dense(*given)
+        close(out.double(), exact, 0.01)
+        close(lse.double(), exact_lse, 1e-5)
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_unfused_attention_exports_for_any_length(strict):
+    class Weights(nn.Module):
+        def forward(self, query, table, index):
+            return natrpb.irpe_attention(query, query, query, bias_table=table, bias_index=index, return_weights=True)
+
+    def inputs(length: int):
+        query, table = torch.randn(B, length, H, D, dtype=torch.float64), torch.randn(1, C, dtype=torch.float64)
+        return query, table, torch.randint(C, (length, length))
+
+    length = torch.export.Dim("length", min=2, max=1000)
+    shapes = {1: length}, None, {0: length, 1: length}
+    program = torch.export.export(Weights(), inputs(6), dynamic_shapes=shapes, strict=strict)
+    other = inputs(9)
+    for found, expected in zip(program.module()(*other), Weights()(*other)):
+        close(found, expected)
+
+
 def test_keys_of_another_length():
     """Nq and Nk may differ: the last queries of a sequence see all its keys."""
     given = list(tensors().values())
@@ -228,7 +319,18 @@ BAD = {
     "index-shape": ({"bias_table": torch.zeros(1, C), "bias_index": INDEX[1:]}, ValueError, "bias_index must have shape"),
     "no-terms": ({"bias_table": torch.zeros(1, C), "bias_index": INDEX.expand(0, N, N)}, ValueError, "bias_index must have"),
     "padding-shape": ({"key_padding_mask": torch.zeros(N, B).bool()}, ValueError, r"key_padding_mask must have shape \[2, 6\]"),
-    "mask-type": ({"attn_mask": torch.zeros(N, N)}, TypeError, "attn_mask must be a bool tensor"),
+    "mask-type": (
+        {"attn_mask": torch.zeros(N, N).int()},
+        TypeError,
+        "attn_mask must be a bool or floating-point tensor or None",
+    ),
+    "mask-shape": (
+        {"attn_mask": torch.zeros(N, B).bool()},
+        ValueError,
+        r"attn_mask must have shape \[6, 6\] or \[2 or 1, 2 or 1, 6, 6\], got \[6, 2\]",
+    ),
+    "mask-rank": ({"attn_mask": torch.zeros(B, N, N)}, ValueError, r"attn_mask must have shape .*, got \[2, 6, 6\]"),
+    "mask-heads": ({"attn_mask": torch.zeros(B, 3, N, N)}, ValueError, r"attn_mask must have shape .*, got \[2, 3, 6, 6\]"),
     "mask-device": ({"attn_mask": torch.zeros(N, N, device="meta").bool()}, ValueError, "attn_mask must be on query's device"),
     "scale": ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
     "dropout": ({"dropout_p": 1.5}, ValueError, "dropout_p must be a number between 0 and 1"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import natrpb
 from natrpb import RPEMultiheadAttention, build_rpe, get_rpe_config, iRPE, iRPE_Cross, iRPEAttention
 from natrpb.modules import parse_rpe_config
+from natrpb.modules.irpe import map_size
 
 from .irpe_dense import bucket_map, dense_attention, tables_of
 from .support import close
@@ -286,77 +289,6 @@ class TestDropout:
         close(out, expected + torch.einsum("bhij,ijd->bihd", weights, table[0, index.long()]))
 
 
-class TestDetr:
-    def inputs(self, height: int, width: int, batch_first: bool = False):
-        shape = (2, height * width, 8) if batch_first else (height * width, 2, 8)
-        x = torch.randn(shape, dtype=torch.float64)
-        return x + torch.randn_like(x), x
-
-    def module(self, text: str = "", **options) -> RPEMultiheadAttention:
-        return with_random_tables(RPEMultiheadAttention(8, 2, rpe_config=parse_rpe_config(text), **options))
-
-    @pytest.mark.parametrize("batch_first", [False, True])
-    @pytest.mark.parametrize("bias", [False, True])
-    def test_without_encoding_it_is_multihead_attention(self, batch_first, bias):
-        module = self.module(bias=bias, batch_first=batch_first)
-        torch_module = nn.MultiheadAttention(8, 2, bias=bias, batch_first=batch_first).double()
-        assert set(module.state_dict()) == set(torch_module.state_dict())
-        torch_module.load_state_dict(module.state_dict())
-        query, value = self.inputs(3, 4, batch_first)
-        padding = torch.zeros(2, 12, dtype=torch.bool)
-        padding[0, 8:] = padding[1, :3] = True
-        pattern = torch.rand(12, 12) < 0.3
-        pattern.fill_diagonal_(False)
-        pattern[:, 5] = False
-        for masks in (
-            {},
-            {"key_padding_mask": padding},
-            {"attn_mask": pattern},
-            {"key_padding_mask": padding, "attn_mask": pattern},
-        ):
-            expected, weights = torch_module(query, query, value, **masks)
-            out, none = module(query, query, value, **masks)
-            close(out, expected)
-            assert none is None
-            out, ours = module(query, query, value, need_weights=True, **masks)
-            close(out, expected)
-            close(ours, weights)
-
-    @pytest.mark.parametrize("on", ["k", "qk", "qkv"])
-    @METHOD
-    def test_encodings_on_padded_maps_of_any_sides(self, method, on):
-        ratio, (height, width) = RATIOS[method], (3, 5)
-        module = self.module(f"rpe-{ratio}-{method}-ctx-0-{on}")
-        query, value = self.inputs(height, width)
-        padding = torch.zeros(2, height, width, dtype=torch.bool)
-        padding[0, 2:] = padding[1, :, 3:] = True
-        out, _ = module(query, query, value, padding.flatten(1), hw=(height, width))
-        weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
-        first = [
-            nn.functional.linear(x, w, b).unflatten(-1, (2, 4)).permute(1, 2, 0, 3)
-            for x, w, b in zip((query, query, value), weights, biases)
-        ]
-        encodings = [encoding_tables(module, letter, method, height, width, 0, ratio) for letter in "qkv"]
-        expected = dense_attention(*first, *encodings, 0.5, padding.flatten(1)[:, None, None])
-        close(out, module.out_proj(expected.permute(2, 0, 1, 3).flatten(2)))
-
-    def test_dropout(self):
-        module = self.module("rpe-1.9-product-ctx-1-k", dropout=0.4)
-        query, value = self.inputs(3, 3)
-        assert not torch.equal(module(query, query, value)[0], module(query, query, value)[0])
-        module.eval()
-        assert torch.equal(module(query, query, value)[0], module(query, query, value)[0])
-
-    def test_bad_inputs_are_named(self):
-        module, (query, value) = self.module(), self.inputs(2, 3)
-        with pytest.raises(ValueError, match=r"value must have query's shape, \[L, B, 8\]"):
-            module(query, query, value[:-1])
-        with pytest.raises(ValueError, match="query must have query's shape"):
-            module(query[..., :4], query, value)
-        with pytest.raises(TypeError, match="attn_mask must be a bool tensor"):
-            module(query, query, value, attn_mask=torch.zeros(6, 6))
-
-
 class TestMasks:
     def call(self, **options):
         query, key, value = (torch.randn(2, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -437,3 +369,50 @@ def test_exports(strict):
     x = torch.randn(2, 10, 8, dtype=torch.float64)
     exported = torch.export.export(module, (x,), strict=strict)
     close(exported.module()(x), module(x))
+
+
+class TestUnknownLengths:
+    """Graphs whose sequence length, and with it the map, is a symbol."""
+
+    CONFIGS = {  # and the skipped tokens
+        "none": (None, 0),
+        "ctx": (get_rpe_config(rpe_on="qkv"), 0),
+        "ctx-skip": (get_rpe_config(2.0, "cross", skip=1, rpe_on="qkv"), 1),
+        "bias": (get_rpe_config(mode="bias", shared_head=False, skip=1, rpe_on="qk"), 1),
+    }
+
+    @pytest.mark.parametrize("config, skip", CONFIGS.values(), ids=CONFIGS)
+    def test_compile_to_one_graph(self, config, skip):
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        module = with_random_tables(iRPEAttention(16, 2, rpe_config=config))
+        compiled = torch.compile(module, backend=graphs, fullgraph=True)
+        for side in (3, 5, 4, 7):
+            x = torch.randn(2, skip + side**2, 16, dtype=torch.float64, requires_grad=True)
+            out, expected = compiled(x), module(x)
+            close(out, expected)
+            close(torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+        assert graphs.frame_count == 2  # one for the first length, one for all others
+
+    @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+    @pytest.mark.parametrize("name", ["ctx", "ctx-skip", "bias"])
+    def test_unfused_encodings_export(self, name, strict):
+        config, skip = self.CONFIGS[name]
+        encoding = with_random_tables(iRPEAttention(16, 2, rpe_config=config)).rpe_k
+        x = torch.randn(2, 2, skip + 9, 8, dtype=torch.float64)
+        program = torch.export.export(encoding, (x,), dynamic_shapes=({2: torch.export.Dim.AUTO},), strict=strict)
+        for side in (3, 5):
+            x = torch.randn(2, 2, skip + side**2, 8, dtype=torch.float64)
+            close(program.module()(x), encoding(x))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9, 10, 2**40 - 1, 2**40])
+def test_the_default_map_is_the_largest_square(length):
+    side = math.isqrt(length)
+    assert map_size(length, None, None) == (side, side, length - side**2)
+
+
+def test_without_encodings_there_is_no_map():
+    x = torch.randn(2, 5, 8)
+    module = iRPEAttention(8, 2)
+    assert torch.equal(module(x, 3, 3), module(x))

@@ -181,8 +181,42 @@ def test_empty_batch():
     assert natrpb.shaw_attention(flat, flat, flat, torch.zeros(1, D, 3), torch.zeros(1, 3, D)).shape == flat.shape
 
 
+@pytest.mark.parametrize("kernel_size", [None, 3])
+@pytest.mark.parametrize("shape", [(6, 6), (B, H, 6, 6)], ids=["pairs", "by-head"])
+def test_sasa_with_masks_on_pairs(shape, kernel_size):
+    query, key, value = (draw(B, 2, 3, H, d) for d in (D, D, DV))
+    tables = draw(1, D // 2, 3), draw(1, D // 2, 5)
+    excluded = torch.rand(shape) < 0.3
+    excluded[..., range(6), range(6)] = False
+    flat = [x.flatten(1, 2) for x in (query, key, value)]
+    index = irpe.clipped_map_offsets(2, 3, 1, 2, device=query.device)
+    halves = [torch.nn.functional.pad(t, p) for t, p in zip(tables, ((0, 0, 0, D // 2), (0, 0, D // 2, 0)))]
+    far = (torch.arange(6) % 3 - (torch.arange(6) % 3)[:, None]).abs() > (1 if kernel_size else 9)
+    expected = natrpb.irpe_attention(*flat, torch.cat(halves, -1), index, attn_mask=excluded | far)
+    for mask in (excluded, torch.zeros(shape).masked_fill(excluded, -torch.inf)):
+        out = natrpb.sasa_attention(query, key, value, *tables, kernel_size, mask)
+        close(out.flatten(1, 2), expected)
+
+
+@pytest.mark.parametrize("form", ["fp16", "wide-table", "autocast"])
+def test_transformer_xl_in_fp16(form):
+    """The products with u and v exceed what fp16 holds; a table may be wider than queries."""
+    sequences = [x.detach().half() for x in vectors(6)]
+    table, u, v = (300 * draw(*shape).detach().half() for shape in ((H, D, 7), (H, D), (H, D)))
+    assert ((v - u)[:, None].double() @ table.double()).abs().max() > torch.finfo(torch.float16).max
+    expected = natrpb.transformer_xl_attention(*(x.double() for x in (*sequences, table, u, v)), scale=1e-4)
+    given = [*sequences, table.float() if form == "wide-table" else table, u, v]
+    if form == "autocast":
+        given = [x.float() for x in given]
+    with torch.autocast(u.device.type, dtype=torch.float16, enabled=form == "autocast"):
+        out = natrpb.transformer_xl_attention(*given, scale=1e-4)
+    assert out.dtype == torch.float16
+    close(out.double(), expected, 0.01)
+
+
 SEQUENCE = torch.zeros(B, 6, H, D)
 MAP = torch.zeros(B, 2, 3, H, D)
+ROW = torch.zeros(3)
 BAD = {
     "even-table": (lambda: natrpb.shaw_attention(*[SEQUENCE] * 3, torch.zeros(1, D, 4)), "key_table must have an odd number"),
     "even-value-table": (
@@ -195,6 +229,98 @@ BAD = {
     "sasa-kernel": (lambda: natrpb.sasa_attention(*[MAP] * 3, *[torch.zeros(1, 2, 3)] * 2, 4), "kernel_size must be odd"),
     "axis": (lambda: natrpb.axial_attention(*[MAP] * 3, 2), "axis must be 0"),
     "span": (lambda: natrpb.axial_attention(*[MAP] * 3, 1, span=2), "span must be odd"),
+    "span-type": (lambda: natrpb.axial_attention(*[MAP] * 3, 1, span="3"), "span must be odd and positive, got '3'"),
+    "shaw-query-rank": (lambda: natrpb.shaw_attention(*[ROW] * 4), r"query must have shape \[B, N, h, D\], got \[3\]"),
+    "shaw-key-rank": (lambda: natrpb.shaw_attention(SEQUENCE, *[ROW] * 3), r"key must have shape \[B, N, h, D\], got \[3\]"),
+    "shaw-value-rank": (
+        lambda: natrpb.shaw_attention(SEQUENCE, SEQUENCE, ROW, torch.zeros(1, D, 3)),
+        r"value must have shape \[B, Nk, h, Dv\], got \[3\]",
+    ),
+    "shaw-table-rank": (
+        lambda: natrpb.shaw_attention(*[SEQUENCE] * 3, ROW),
+        r"key_table must have shape \[h or 1, D, 2 k \+ 1\], got \[3\]",
+    ),
+    "shaw-value-table-rank": (
+        lambda: natrpb.shaw_attention(*[SEQUENCE] * 3, torch.zeros(1, D, 3), ROW),
+        r"value_table must have shape \[h or 1, 2 k \+ 1, Dv\], got \[3\]",
+    ),
+    "huang-table-rank": (lambda: natrpb.huang_attention(*[SEQUENCE] * 3, ROW), r"table must have shape \[h or 1, D, 2 k"),
+    "xl-u": (
+        lambda: natrpb.transformer_xl_attention(*[SEQUENCE] * 3, torch.zeros(H, D, 3), ROW, torch.zeros(H, D)),
+        r"u must have shape \[h, D\], got \[3\]",
+    ),
+    "xl-v": (
+        lambda: natrpb.transformer_xl_attention(*[SEQUENCE] * 3, torch.zeros(H, D, 3), torch.zeros(H, D), torch.zeros(D, H)),
+        r"v must have shape \[3, 4\] \(h, D\), got \[4, 3\]",
+    ),
+    "xl-table": (
+        lambda: natrpb.transformer_xl_attention(*[SEQUENCE] * 3, torch.zeros(2, D, 3), *[torch.zeros(H, D)] * 2),
+        r"table must have shape \[3 or 1, 4, 2 k \+ 1\], got \[2, 4, 3\]",
+    ),
+    "xl-scale": (
+        lambda: natrpb.transformer_xl_attention(*[SEQUENCE] * 3, torch.zeros(H, D, 3), *[torch.zeros(H, D)] * 2, scale="1"),
+        "scale must be a finite number or None, got '1'",
+    ),
+    "sasa-key": (
+        lambda: natrpb.sasa_attention(MAP, MAP.transpose(1, 2), MAP, *[torch.zeros(1, 2, 3)] * 2),
+        r"key must have query's shape but for the last axis, \[2, 2, 3, 3, 4\], got \[2, 3, 2, 3, 4\]",
+    ),
+    "sasa-heads": (
+        lambda: natrpb.sasa_attention(*[MAP] * 3, torch.zeros(2, 2, 3), torch.zeros(1, 2, 3)),
+        r"row_table must have shape \[3 or 1, 4 / 2, 2 k \+ 1\], got \[2, 2, 3\]",
+    ),
+    "sasa-kernel-type": (
+        lambda: natrpb.sasa_attention(*[MAP] * 3, *[torch.zeros(1, 2, 3)] * 2, "3"),
+        "kernel_size must be odd and positive, got '3'",
+    ),
+    "sasa-mask": (
+        lambda: natrpb.sasa_attention(*[MAP] * 3, *[torch.zeros(1, 2, 3)] * 2, 3, torch.zeros(6).bool()),
+        r"attn_mask must have shape \[6, 6\] or \[2 or 1, 3 or 1, 6, 6\], got \[6\]",
+    ),
+    "sasa-padding": (
+        lambda: natrpb.sasa_attention(*[MAP] * 3, *[torch.zeros(1, 2, 3)] * 2, key_padding_mask=torch.zeros(B, 3, 2).bool()),
+        r"key_padding_mask must have shape \[2, 2, 3\], got \[2, 3, 2\]",
+    ),
+    "axial-query": (lambda: natrpb.axial_attention(*[ROW] * 3, 1), r"query must have shape \[B, H, W, h, D\], got \[3\]"),
+    "axial-value": (
+        lambda: natrpb.axial_attention(MAP, MAP, SEQUENCE, 1),
+        r"value must have shape \[B, H, W, h, D\], got \[2, 6, 3, 4\]",
+    ),
+}
+BAD_TYPES = {
+    "shaw": (lambda: natrpb.shaw_attention(1, 2, 3, 4), r"query must be a tensor \[B, N, h, D\], got int"),
+    "shaw-key": (lambda: natrpb.shaw_attention(SEQUENCE, 2, 3, 4), r"key must be a tensor \[B, N, h, D\], got int"),
+    "shaw-table": (lambda: natrpb.shaw_attention(*[SEQUENCE] * 3, 4), r"key_table must be a tensor \[h or 1, D, 2 k"),
+    "shaw-value": (
+        lambda: natrpb.shaw_attention(SEQUENCE, SEQUENCE, 3, torch.zeros(1, D, 3)),
+        r"value must be a tensor \[B, Nk, h, Dv\], got int",
+    ),
+    "shaw-value-table": (
+        lambda: natrpb.shaw_attention(*[SEQUENCE] * 3, torch.zeros(1, D, 3), 5),
+        r"value_table must be a tensor \[h or 1, 2 k \+ 1, Dv\], got int",
+    ),
+    "huang": (lambda: natrpb.huang_attention(1, 2, 3, 4), "query must be a tensor"),
+    "xl": (lambda: natrpb.transformer_xl_attention(1, 2, 3, 4, 5, 6), "query must be a tensor"),
+    "xl-u": (
+        lambda: natrpb.transformer_xl_attention(*[SEQUENCE] * 3, torch.zeros(H, D, 3), 5, 6),
+        r"u must be a tensor \[h, D\], got int",
+    ),
+    "sasa": (lambda: natrpb.sasa_attention(1, 2, 3, 4, 5), r"query must be a tensor \[B, H, W, h, D\], got int"),
+    "sasa-table": (
+        lambda: natrpb.sasa_attention(*[MAP] * 3, 4, 5),
+        r"row_table must be a tensor \[3 or 1, 4 / 2, 2 k \+ 1\], got int",
+    ),
+    "sasa-mask": (
+        lambda: natrpb.sasa_attention(*[MAP] * 3, *[torch.zeros(1, 2, 3)] * 2, 3, 1),
+        "attn_mask must be a bool or floating-point tensor or None, got int",
+    ),
+    "axial": (lambda: natrpb.axial_attention(1, 2, 3, 0), r"query must be a tensor \[B, H, W, h, D\], got int"),
+    "axial-key": (lambda: natrpb.axial_attention(MAP, 2, 3, 0), r"key must be a tensor \[B, H, W, h, D\], got int"),
+    "axial-table": (lambda: natrpb.axial_attention(*[MAP] * 3, 0, 5), "key_table must be a tensor"),
+    "axial-padding": (
+        lambda: natrpb.axial_attention(*[MAP] * 3, 0, key_padding_mask=1),
+        "key_padding_mask must be a bool tensor or None, got int",
+    ),
 }
 
 
@@ -202,4 +328,11 @@ BAD = {
 @pytest.mark.parametrize("call, message", BAD.values(), ids=BAD)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.not_emulated("calls no kernel")
+@pytest.mark.parametrize("call, message", BAD_TYPES.values(), ids=BAD_TYPES)
+def test_bad_types_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

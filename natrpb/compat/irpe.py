@@ -67,12 +67,16 @@ def get_bucket_ids_2d(
     dtype: torch.dtype = torch.long,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, int]:
-    """The bucket of every pair, [skip + height * width] twice, and how many buckets there are; for cross name one table."""
+    """The bucket of every pair, [skip + height * width] twice, the caller's own; and how many buckets there are.
+
+    For cross name one table.
+    """
     method = as_method(method)
     if method == METHOD.CROSS:
         raise ValueError("method cross has two tables: ask for CROSS_ROWS and CROSS_COLS")
     term = Term(method, alpha, beta, gamma)
-    return term_maps((term,), height, width, skip, torch.device(device))[0].to(dtype), term.num_buckets(skip)
+    ids = term_maps((term,), height, width, skip, torch.device(device))[0]
+    return ids.to(dtype, copy=True), term.num_buckets(skip)
 
 
 def install() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._register import AUTOCAST_DEVICES
+from ..ops._common import as_autocast, wide_dtype, without_autocast
 from ._checks import FLOATS, check_head_dim, check_probability, check_tensor, finite_float
 from ._encoded import Call, attend, bucket_rows, spread
 
@@ -80,7 +78,9 @@ def irpe_attention(
         bias_table, bias_index: [h or 1, C] and its map; not multiplied by scale.
         value_table, value_index: [h or 1, C, Dv] and its map.
         key_padding_mask: bool [B, Nk], True where a key is excluded for all queries.
-        attn_mask: bool [Nq, Nk], True where a pair is excluded in the whole batch. A query with no key left gets zeros.
+        attn_mask: [Nq, Nk] for the whole batch, or [B or 1, h or 1, Nq, Nk]: bool, True where a pair is excluded, or of any
+            floating dtype, added to the scores, where -inf excludes. Only bool [Nq, Nk] runs fused, others store the
+            weights. A query with no key left gets zeros.
         scale: default D ** -0.5.
         dropout_p: dropout on the attention weights, before both sums of the values; runs unfused and stores the weights.
         return_lse: also return lse.
@@ -107,20 +107,19 @@ def irpe_attention(
     _check_encoding("query", query_table, query_index, (heads, head_dim, None), queries, keys, query)
     _check_encoding("bias", bias_table, bias_index, (heads, None), queries, keys, query)
     _check_encoding("value", value_table, value_index, (heads, None, value_dim), queries, keys, query)
-    _check_mask("key_padding_mask", key_padding_mask, (batch, keys), query)
-    _check_mask("attn_mask", attn_mask, (queries, keys), query)
+    check_mask("key_padding_mask", key_padding_mask, (batch, keys), query)
+    check_attn_mask(attn_mask, (batch, heads, queries, keys), query)
     check_probability("dropout_p", dropout_p)
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
 
-    device = query.device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = as_autocast(query, key, value)
     if query_table is not None and key_padding_mask is not None:
         key = key.masked_fill(key_padding_mask[..., None, None], 0)  # what padding holds must not reach query_table's gradient
     tables = [None if table is None else table.to(query.dtype) for table in (key_table, query_table, value_table)]
     call = Call(key_index, query_index, bias_index, value_index, key_padding_mask, attn_mask, scale)
-    with torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext():
-        if dropout_p > 0 or return_weights:
+    fused_mask = attn_mask is None or (attn_mask.dim() == 2 and attn_mask.dtype == torch.bool)
+    with without_autocast(query.device):
+        if dropout_p > 0 or return_weights or not fused_mask:
             out, lse, weights = _unfused(query, key, value, *tables, bias_table, call, dropout_p)
         else:
             out, lse = attend(query, key, value, *tables, bias_table, call)
@@ -130,7 +129,13 @@ def irpe_attention(
 
 
 def _unfused(query, key, value, key_table, query_table, value_table, bias_table, call: Call, dropout_p: float):
-    """Attention with dropout on the weights, from unfused ops: out, lse and weights."""
+    """Attention from unfused ops, with any mask and dropout on the weights: out, lse and weights.
+
+    All is computed in fp32 (fp64 for fp64) and rounded at the end: scores may exceed what fp16 holds.
+    """
+    dtype, wide = query.dtype, wide_dtype(query.dtype)
+    tensors = (query, key, value, key_table, query_table, value_table, bias_table)
+    query, key, value, key_table, query_table, value_table, bias_table = (None if x is None else x.to(wide) for x in tensors)
     query_rows = None if key_table is None else bucket_rows(query, key_table, call.scale)
     key_rows = None if query_table is None else bucket_rows(key, query_table, call.scale)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, h, N, D]
@@ -138,26 +143,28 @@ def _unfused(query, key, value, key_table, query_table, value_table, bias_table,
     if call.key_padding_mask is not None:
         key, value = (x.masked_fill(call.key_padding_mask[:, None, :, None], 0) for x in (key, value))
         excluded = excluded | call.key_padding_mask[:, None, None, :]
-    if call.attn_mask is not None:
-        excluded = excluded | call.attn_mask
 
     scores = (query * call.scale) @ key.transpose(-1, -2)
     for index in _terms(call.key_index):
         scores = scores + ops.rpe_index(query_rows, index)
     for index in _terms(call.query_index):
         scores = scores + ops.rpe_index(key_rows, index.t()).transpose(-1, -2)
-    scores = scores.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
     for index in _terms(call.bias_index):
-        bias_rows = bias_table.to(scores.dtype)[None, :, None].expand(-1, -1, len(index), -1)
-        scores = scores + ops.rpe_index(bias_rows, index)
+        scores = scores + ops.rpe_index(bias_table[None, :, None].expand(-1, -1, index.shape[0], -1), index)
+    mask = call.attn_mask
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(wide)
+        mask = mask == float("-inf")
+    if mask is not None:
+        excluded = excluded | mask
     empty = excluded.all(-1, keepdim=True)
     scores = scores.masked_fill(excluded & ~empty, float("-inf")).masked_fill(empty, 0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
-    weights = torch.dropout(scores.softmax(-1).masked_fill(excluded, 0), dropout_p, True).to(value.dtype)
+    weights = torch.dropout(scores.softmax(-1).masked_fill(excluded, 0), dropout_p, True)
     out = weights @ value
     for index in _terms(call.value_index):
         out = out + spread(ops.rpe_index_transposed(weights, index, value_table.shape[1]), value_table)
-    return out.transpose(1, 2), lse.transpose(1, 2), weights
+    return out.transpose(1, 2).to(dtype), lse.transpose(1, 2), weights.to(dtype)
 
 
 def _terms(index: Tensor | None) -> tuple[Tensor, ...]:
@@ -188,7 +195,8 @@ def _check_encoding(name, table, index, shape, queries, keys, query):
             raise ValueError(f"{what} must be on query's device, {query.device}, got {tensor.device}")
 
 
-def _check_mask(name, mask, shape, query):
+def check_mask(name, mask, shape, query):
+    """A bool mask of one shape, or None."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -197,3 +205,19 @@ def _check_mask(name, mask, shape, query):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(mask.shape)}")
     if mask.device != query.device:
         raise ValueError(f"{name} must be on query's device, {query.device}, got {mask.device}")
+
+
+def check_attn_mask(mask, shape, query):
+    """A mask on pairs, or None; `shape` is that of the scores, [B, h, Nq, Nk]."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, *FLOATS):
+        got = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"attn_mask must be a bool or floating-point tensor or None, got {got}")
+    batch, heads, queries, keys = shape
+    fits = mask.dim() in (2, 4) and tuple(mask.shape[-2:]) == (queries, keys)
+    if not fits or any(side not in (1, full) for side, full in zip(mask.shape[:-2], (batch, heads))):
+        layout = f"[{queries}, {keys}] or [{batch} or 1, {heads} or 1, {queries}, {keys}]"
+        raise ValueError(f"attn_mask must have shape {layout}, got {list(mask.shape)}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on query's device, {query.device}, got {mask.device}")

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..irpe import clipped_map_offsets, clipped_offsets
-from .irpe import irpe_attention
+from ..ops._common import wide_dtype, without_autocast
+from ._checks import check_tensor, finite_float
+from .irpe import check_attn_mask, check_mask, irpe_attention
 
 
 def shaw_attention(
@@ -93,10 +95,19 @@ def transformer_xl_attention(
         ValueError, TypeError: as `irpe_attention`, and for a table with an even number of entries.
     """
     index = _offsets("table", table, -1, query, key)
+    heads, head_dim = query.shape[2:]
+    for name, vector in (("u", u), ("v", v)):
+        check_tensor(name, vector, 2, "[h, D]")
+        if vector.shape != (heads, head_dim):
+            raise ValueError(f"{name} must have shape [{heads}, {head_dim}] (h, D), got {list(vector.shape)}")
+    if table.shape[0] not in (1, heads) or table.shape[1] != head_dim:
+        raise ValueError(f"table must have shape [{heads} or 1, {head_dim}, 2 k + 1], got {list(table.shape)}")
     scale = options.pop("scale", None)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
     # <q + v, r> = <q + u, r> + <v - u, r>: the second term depends on head and offset only, it is a bias
-    bias = scale * ((v - u)[:, None] @ table)[:, 0]  # [h, 2 k + 1]
+    wide = wide_dtype(query.dtype)
+    with without_autocast(query.device):
+        bias = scale * ((v.to(wide) - u.to(wide))[:, None] @ table.to(wide))[:, 0]  # [h, 2 k + 1]
     return irpe_attention(query + u.to(query.dtype), key, value, table, index, None, None, bias, index, scale=scale, **options)
 
 
@@ -121,7 +132,7 @@ def sasa_attention(
         row_table: [h or 1, D / 2, 2 k + 1], by row offset.
         col_table: [h or 1, D / 2, 2 k' + 1], by column offset.
         kernel_size: odd; keys at most kernel_size // 2 rows and columns away; None for the whole map. All scores are computed.
-        attn_mask: bool [H * W, H * W], True where a pair is excluded, row by row.
+        attn_mask: [H * W, H * W] or [B or 1, h or 1, H * W, H * W], row by row, see `irpe_attention`.
         key_padding_mask: bool [B, H, W], True where a key is excluded.
         **options: scale (the paper has 1, here D ** -0.5 is the default), dropout_p, return_lse, return_weights.
 
@@ -131,24 +142,28 @@ def sasa_attention(
     Raises:
         ValueError, TypeError: as `irpe_attention`, for tables with an even number of entries or another number of channels.
     """
-    _check_map(query)
+    _check_maps(query, key, value, key_padding_mask)
     height, width, heads, head_dim = query.shape[1:]
     for name, table in (("row_table", row_table), ("col_table", col_table)):
-        if table.dim() != 3 or 2 * table.shape[1] != head_dim:
+        check_tensor(name, table, 3, f"[{heads} or 1, {head_dim} / 2, 2 k + 1]")
+        if 2 * table.shape[1] != head_dim or table.shape[0] not in (1, heads):
             raise ValueError(f"{name} must have shape [{heads} or 1, {head_dim} / 2, 2 k + 1], got {list(table.shape)}")
     distances = _distance("row_table", row_table, -1), _distance("col_table", col_table, -1)
     index = clipped_map_offsets(height, width, *distances, device=query.device)
     if kernel_size is not None:
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        _check_odd("kernel_size", kernel_size)
         outside = _outside(height, width, kernel_size // 2, query.device)
-        attn_mask = outside if attn_mask is None else attn_mask | outside
+        check_attn_mask(attn_mask, (query.shape[0], heads, height * width, height * width), query)
+        if attn_mask is None:
+            attn_mask = outside
+        else:
+            attn_mask = attn_mask.masked_fill(outside, True if attn_mask.dtype == torch.bool else float("-inf"))
     # [h or 1, D, rows + columns], zero where a half does not look
     halves = (
         F.pad(row_table, (0, 0, 0, head_dim // 2)),
         F.pad(col_table, (0, 0, head_dim // 2, 0)),
     )
-    shared = max(len(row_table), len(col_table))
+    shared = max(row_table.shape[0], col_table.shape[0])
     table = torch.cat([half.expand(shared, -1, -1) for half in halves], -1)
     result = irpe_attention(
         *(x.flatten(1, 2) for x in (query, key, value)),
@@ -198,11 +213,11 @@ def axial_attention(
     Raises:
         ValueError, TypeError: as `irpe_attention`, for another axis or tables with an even number of entries.
     """
-    _check_map(query)
+    _check_maps(query, key, value, key_padding_mask)
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 (height) or 1 (width), got {axis!r}")
-    if span is not None and (span < 1 or span % 2 == 0):
-        raise ValueError(f"span must be odd and positive, got {span}")
+    if span is not None:
+        _check_odd("span", span)
 
     def lines(x: Tensor) -> Tensor:
         """[B, H, W, ...] -> [B * lines, length, ...]."""
@@ -232,6 +247,9 @@ def axial_attention(
 
 def _offsets(name: str, table: Tensor, axis: int, query: Tensor, key: Tensor) -> Tensor:
     """The map [Nq, Nk] into a table with its offsets along `axis`; the last query stands at the last key."""
+    check_tensor("query", query, 4, "[B, N, h, D]")
+    check_tensor("key", key, 4, "[B, N, h, D]", like=query)
+    check_tensor(name, table, 3, "[h or 1, D, 2 k + 1]" if axis == -1 else "[h or 1, 2 k + 1, Dv]")
     queries, keys = query.shape[1], key.shape[1]
     return clipped_offsets(queries, keys, _distance(name, table, axis), query_start=keys - queries, device=query.device)
 
@@ -251,6 +269,16 @@ def _outside(height: int, width: int, distance: int, device: torch.device) -> Te
     return ((offsets - centre[:, None, None]).abs() > distance).any(0)
 
 
-def _check_map(query: Tensor) -> None:
-    if query.dim() != 5:
-        raise ValueError(f"query must have shape [B, H, W, h, D], got {list(query.shape)}")
+def _check_maps(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    layout = "[B, H, W, h, D]"
+    check_tensor("query", query, 5, layout)
+    for name, x in (("key", key), ("value", value)):
+        check_tensor(name, x, 5, layout, like=query)
+        if x.shape[:4] != query.shape[:4]:
+            raise ValueError(f"{name} must have query's shape but for the last axis, {list(query.shape)}, got {list(x.shape)}")
+    check_mask("key_padding_mask", key_padding_mask, tuple(query.shape[:3]), query)
+
+
+def _check_odd(name: str, given: int) -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1 or given % 2 == 0:
+        raise ValueError(f"{name} must be odd and positive, got {given!r}")

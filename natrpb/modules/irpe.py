@@ -7,7 +7,6 @@ Official code: https://github.com/microsoft/Cream (MIT), iRPE.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -206,7 +205,7 @@ class iRPE(nn.Module):
         """
         index = self._index(x, height, width)
         if self.mode == "bias":
-            rows = self.table[None, :, None].expand(1, -1, len(index), -1)
+            rows = self.table[None, :, None].expand(1, -1, index.shape[0], -1)
             return ops.rpe_index(rows, index)
         if self.transposed:
             return ops.rpe_index(bucket_rows(x.transpose(1, 2), self.table, 1.0), index)
@@ -285,9 +284,9 @@ def map_size(length: int, height: int | None, width: int | None) -> tuple[int, i
     """
     if (height is None) != (width is None):
         raise ValueError(f"height and width must be given together, got {height} and {width}")
-    if height is None:
-        height = width = math.isqrt(length)
-    if height * width > length:
+    if height is None:  # NB: math.isqrt refuses the symbolic lengths of torch.compile; below 2**52 this is equal
+        height = width = torch.sym_int(torch.sym_sqrt(length))
+    elif height * width > length:
         raise ValueError(f"height * width must be at most the sequence's length, got {height} * {width} > {length}")
     return height, width, length - height * width
 
@@ -306,7 +305,7 @@ def check_skip(encodings: tuple[iRPE, ...], skip: int) -> None:
 def encodings_of(
     rpe_q: nn.Module | None, rpe_k: nn.Module | None, rpe_v: nn.Module | None, length: int, height, width, device
 ) -> dict[str, Tensor]:
-    """The tables and maps of up to three encodings, as `natrpb.functional.irpe_attention` takes them.
+    """The tables and maps of up to three encodings, as `natrpb.functional.irpe_attention` takes them; none without encodings.
 
     Args:
         rpe_q, rpe_k, rpe_v: as `build_rpe` returns them.
@@ -316,6 +315,8 @@ def encodings_of(
     Raises:
         ValueError: see `map_size` and `check_skip`.
     """
+    if rpe_q is None and rpe_k is None and rpe_v is None:
+        return {}  # any sequence will do, whatever its map
     height, width, skip = map_size(length, height, width)
     groups: dict[str, list[tuple[iRPE, Term]]] = {}
     for name, rpe in (("query", rpe_q), ("key", rpe_k), ("value", rpe_v)):

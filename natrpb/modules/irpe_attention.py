@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import irpe_attention
+from ..functional._checks import check_tensor
 from .irpe import RPEConfigs, build_rpe, encodings_of
 
 
@@ -58,7 +59,7 @@ class iRPEAttention(nn.Module):
 
         Args:
             x: [B, L, dim], skipped tokens first, then the map row by row.
-            height, width: the map's sides, default the square root of L, rounded down.
+            height, width: the map's sides, default the square root of L, rounded down; not looked at without encodings.
 
         Returns:
             [B, L, dim].
@@ -85,13 +86,16 @@ class iRPEAttention(nn.Module):
 class RPEMultiheadAttention(nn.Module):
     """The self-attention of DETR's encoder with image relative position encodings; a drop-in for the official class.
 
-    Queries, keys and values may differ, as DETR adds its position embedding to queries and keys, but are of one length.
+    Arguments stand in the official order, and need_weights is on by default as there: pass need_weights=False to run fused.
+    Unlike there, a query whose keys are all excluded gets zeros instead of NaN.
 
     Args:
         embed_dim: channels E, a multiple of num_heads.
         num_heads: heads h.
         dropout: dropout on the attention weights in training; runs unfused and stores the weights.
         bias: bias of the projections.
+        add_bias_kv, add_zero_attn: only False.
+        kdim, vdim: channels of keys and values; only None or embed_dim.
         rpe_config: see `natrpb.modules.get_rpe_config`, with skip = 0, or `parse_rpe_config`; None for no encoding.
         batch_first: inputs and outputs are [B, L, E] instead of [L, B, E].
 
@@ -101,7 +105,8 @@ class RPEMultiheadAttention(nn.Module):
         rpe_q, rpe_k, rpe_v: see `iRPE` and `iRPE_Cross`.
 
     Raises:
-        ValueError, TypeError: arguments out of range; inputs of the wrong shape.
+        ValueError, TypeError: arguments out of range; inputs of the wrong shape or dtype.
+        NotImplementedError: add_bias_kv, add_zero_attn, kdim or vdim that are not supported.
     """
 
     def __init__(
@@ -110,11 +115,21 @@ class RPEMultiheadAttention(nn.Module):
         num_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
-        *,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
         rpe_config: RPEConfigs | None = None,
+        *,
         batch_first: bool = False,
     ) -> None:
         super().__init__()
+        for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+            if given:
+                raise NotImplementedError(f"{name} must be False, got {given!r}: keys without a position are not supported")
+        for name, given in (("kdim", kdim), ("vdim", vdim)):
+            if given is not None and given != embed_dim:
+                raise NotImplementedError(f"{name} must be None or embed_dim, {embed_dim}, got {given!r}")
         _check_heads("embed_dim", embed_dim, num_heads, "dropout", dropout)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -140,40 +155,68 @@ class RPEMultiheadAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
+        need_weights: bool = True,
         attn_mask: Tensor | None = None,
         hw: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends within every map.
+        """Attends from every query to all keys of its sequence.
 
         Args:
-            query, key, value: [L, B, E] ([B, L, E] with batch_first), the map row by row.
-            key_padding_mask: bool [B, L], True at padding.
+            query: [L, B, E] ([B, L, E] with batch_first), fp64, fp32, bf16 or fp16; with encodings the map row by row.
+            key, value: [S, B, E] ([B, S, E]), in query's dtype; S = L with encodings.
+            key_padding_mask: bool or uint8 [B, S], True or not 0 at padding, which is not read.
             need_weights: also return the weights; runs unfused and stores them.
-            attn_mask: bool [L, L], True where a pair is excluded.
-            hw: the map's (height, width), default the square root of L.
+            attn_mask: [L, S], or [B * h, L, S] with a sequence's heads side by side: bool or uint8, True or not 0 where a
+                pair is excluded, or of any floating dtype, added to the scores. Only bool and uint8 [L, S] run fused.
+            hw: the map's (height, width), default the square root of L, rounded down; not looked at without encodings.
 
         Returns:
-            out, as query; and the weights, averaged over heads [B, L, L], or None.
+            out, as query; and the weights after dropout, averaged over heads, [B, L, S] in out's dtype, or None.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        layout = f"[B, L, {self.embed_dim}]" if self.batch_first else f"[L, B, {self.embed_dim}]"
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3 or x.shape != query.shape or x.shape[-1] != self.embed_dim:
-                raise ValueError(f"{name} must have query's shape, {layout}, got {list(x.shape)}")
+        self._check_inputs(query, key, value)
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         height, width = (None, None) if hw is None else hw
+        encodings = encodings_of(self.rpe_q, self.rpe_k, self.rpe_v, query.shape[1], height, width, query.device)
+        if encodings and key.shape[1] != query.shape[1]:
+            raise ValueError(f"key must have query's length, {query.shape[1]}, for its encodings, got {key.shape[1]}")
+        key_padding_mask, attn_mask = (
+            mask != 0 if isinstance(mask, Tensor) and mask.dtype == torch.uint8 else mask
+            for mask in (key_padding_mask, attn_mask)
+        )
         result = irpe_attention(
             *self._project(query, key, value),
-            **encodings_of(self.rpe_q, self.rpe_k, self.rpe_v, query.shape[1], height, width, query.device),
+            **encodings,
             key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
+            attn_mask=self._by_head(attn_mask, query.shape[0], query.shape[1], key.shape[1]),
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=need_weights,
         )
         out, weights = (result[0], result[1].mean(1)) if need_weights else (result, None)
         out = self.out_proj(out.flatten(2))
         return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        batch = 0 if self.batch_first else 1
+        for name, x, length in (("query", query, "L"), ("key", key, "S"), ("value", value, "S")):
+            layout = f"[B, {length}, {self.embed_dim}]" if self.batch_first else f"[{length}, B, {self.embed_dim}]"
+            check_tensor(name, x, 3, layout, like=query)
+            if x.shape[-1] != self.embed_dim or x.shape[batch] != query.shape[batch]:
+                raise ValueError(f"{name} must have shape {layout}, B as in query, got {list(x.shape)}")
+        if value.shape != key.shape:
+            raise ValueError(f"value must have key's shape, {list(key.shape)}, got {list(value.shape)}")
+
+    def _by_head(self, mask: Tensor | None, batch: int, queries: int, keys: int) -> Tensor | None:
+        """The mask on pairs as `irpe_attention` takes it: [B * h, L, S] -> [B, h, L, S]."""
+        if not isinstance(mask, Tensor):
+            return mask
+        shapes = (queries, keys), (batch * self.num_heads, queries, keys)
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(f"attn_mask must have shape {list(shapes[0])} or {list(shapes[1])}, got {list(mask.shape)}")
+        return mask if mask.dim() == 2 else mask.reshape(batch, self.num_heads, queries, keys)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Three times [B, L, E] -> [B, L, h, d]."""
