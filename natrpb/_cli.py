@@ -76,14 +76,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("convert", help="NAT and DiNAT checkpoints between official and Hugging Face key names")
     sub.set_defaults(run=_convert)
-    sub.add_argument("input", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors, official or Hugging Face keys")
+    sub.add_argument("input", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors, any known keys")
     sub.add_argument("output", type=Path, metavar="OUT", help="its suffix tells the format: .safetensors, else torch.save")
-    sub.add_argument("--to", choices=("official", "huggingface"), required=True)
+    formats = ("official", "huggingface", "timm", "torchvision")
+    sub.add_argument("--to", choices=formats, required=True, help="timm and torchvision have Swin only")
     sub.add_argument(
         "--model-type",
         choices=("nat", "dinat", "none"),
         default="dinat",
-        help="first part of Hugging Face's keys; none for the bare model and the backbone (default %(default)s)",
+        help="of NAT and DiNAT, first part of Hugging Face's keys; none for bare model and backbone (default %(default)s)",
     )
     sub.add_argument("--force", action="store_true", help="overwrite OUT")
 
@@ -171,9 +172,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     if target.exists() and not arguments.force:
         raise FileExistsError(f"{target} exists, --force overwrites it")
     state_dict = convert.to_official(read_checkpoint(source))
-    if arguments.to == "huggingface":
+    if arguments.to != "official" and convert.swin.is_swin(state_dict):
+        state_dict = getattr(convert.swin, f"to_{arguments.to}")(state_dict)
+    elif arguments.to == "huggingface":
         model_type = None if arguments.model_type == "none" else arguments.model_type
         state_dict = convert.to_huggingface(state_dict, model_type)
+    elif arguments.to != "official":
+        raise ValueError(f"--to {arguments.to} is for Swin, {source} is another model's")
     _write_checkpoint(state_dict, target)
     print(f"wrote {target}: {len(state_dict)} tensors, {arguments.to} keys")
 

@@ -89,6 +89,19 @@ def test_convert_there_and_back(capsys, checkpoint, tmp_path):
     assert all(torch.equal(original[key], returned[key]) for key in original)
 
 
+def test_convert_writes_swin_for_other_libraries(capsys, tmp_path):
+    swin = natrpb.create_model("swin_tiny_patch4_window7_224", depths=(2, 1), num_heads=(1, 2), embed_dim=16, window_size=4)
+    source = tmp_path / "swin.pth"
+    torch.save(swin.state_dict(), source)
+    for library in ("timm", "torchvision", "huggingface"):
+        there, back = tmp_path / f"{library}.pth", tmp_path / f"{library}-back.pth"
+        assert main(["convert", str(source), str(there), "--to", library]) == 0
+        assert main(["convert", str(there), str(back), "--to", "official"]) == 0
+        found = torch.load(back)
+        assert found.keys() == swin.state_dict().keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in swin.state_dict().items())
+
+
 def test_convert_overwrites_only_when_told(capsys, checkpoint, tmp_path):
     target = tmp_path / "there.pth"
     target.write_bytes(b"precious")

@@ -127,6 +127,14 @@ def test_compiled_modules_train_in_one_graph_of_any_size(name):
             close(ours, eager, 1e-5)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_that_learn_can_be_traced(name):
+    module, x = MODULES[name](), torch.randn(1, 8, 8, 16)
+    traced = torch.jit.trace(module, x)
+    assert "natrpb::local_attention" in str(traced.inlined_graph)
+    close(traced(x), module(x), 0.0)
+
+
 def test_a_compiled_scale_may_change():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, scale: natrpb.na2d(x, x, x, 3, scale=scale), fullgraph=True, backend="aot_eager")

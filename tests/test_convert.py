@@ -191,7 +191,14 @@ def test_local_files(trained, tmp_path, suffix, layout):
         assert torch.equal(model(x), trained(x))
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_keys_is_taken_off(trained, prefix):
+    wrapped = {"n_averaged": torch.tensor(3)} | {prefix + key: tensor for key, tensor in trained.state_dict().items()}
+    assert detect_format(wrapped) == "official"
+    assert_same(to_official(wrapped), trained.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "state_dict_ema", "model_ema"])
 def test_training_checkpoints(trained, tmp_path, wrapper):
     path = write(tmp_path / "checkpoint.pth", {wrapper: trained.state_dict(), "epoch": 3})
     model = create_model("dinat_mini", pretrained=path, num_classes=10, **SMALL)

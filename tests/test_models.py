@@ -352,6 +352,10 @@ def test_classifier_can_be_replaced(name):
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
     pooled = model.forward_head(model.forward_features(torch.randn(1, 3, 32, 32)), pre_logits=True)
     assert pooled.shape == (1, model.num_features)
+    model.double().reset_classifier(3)
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+    with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
+        model.reset_classifier(-1)
 
 
 @EACH_FAMILY

@@ -288,6 +288,21 @@ def test_backbone_norms_convert():
     assert swin.from_huggingface(converted).keys() == weights.keys()
 
 
+@EACH_VERSION
+def test_weights_of_timms_backbones_load(name):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    published = {V1: "swin_tiny_patch4_window7_224", V2: "swinv2_tiny_window8_256"}[name]
+    sizes = {key: value for key, value in SMALL.items() if key != "num_classes"}
+    theirs = timm.create_model(published, features_only=True, img_size=64, window_size=4, out_indices=(0, 1, 2), **sizes)
+    weights = theirs.state_dict()
+    assert any(key.startswith("layers_1.") for key in weights) and detect_format(weights) == "timm"
+    ours = create_model(name, window_size=4, features_only=True, out_norms=False, **(RULES["timm"] | SMALL)).eval()
+    load_weights(ours, weights)
+    images = torch.randn(1, 3, 64, 64)
+    for one, other in zip(ours(images), theirs.eval()(images), strict=True):
+        close(one, other.permute(0, 3, 1, 2), 1e-5)
+
+
 def test_stored_buffers_are_dropped():
     weights = official(V1)
     stored = weights | {
@@ -296,11 +311,14 @@ def test_stored_buffers_are_dropped():
     }
     assert to_official(stored).keys() == weights.keys()
     load_weights(create_model(V1, window_size=4, **SMALL), stored)
+    create_model(V1, window_size=4, **SMALL).load_state_dict(stored)
 
 
 def test_conversions_that_cannot_be():
-    with pytest.raises(ValueError, match="no Swin"):
+    with pytest.raises(ValueError, match=r"no Swin's.*first conv1\.weight"):
         swin.detect_format({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"window_size 7 has tables of 169 rows, .* has 49"):
+        swin.to_torchvision(official(V1), 7)
     with pytest.raises(ValueError, match="window_size is needed"):
         swin.to_torchvision(official(V2))
     with pytest.raises(ValueError, match="1 keys that no Hugging Face Swin has"):

@@ -1,7 +1,8 @@
 """Swaps the local attention of other libraries' Swin and DiNAT models for this library's, in place.
 
-Parameters, buffers, hooks and state-dict keys stay; only the code between the qkv projection and the output projection
-changes, so outputs and gradients stay the same. Known are, by their classes:
+Parameters, buffers and state-dict keys stay; only the code between the qkv projection and the output projection changes, so
+outputs and gradients stay the same. Modules within that code (timm's and Hugging Face's `attn`, with its softmax and dropout)
+are no longer called, nor are their hooks; those of all others are. Known are, by their classes:
 
     timm                swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block
     torchvision         ShiftedWindowAttention, ShiftedWindowAttentionV2

@@ -31,9 +31,23 @@ def detect_format(state_dict: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: none of them.
     """
+    state_dict = _unwrapped(state_dict)
     return (swin if swin.is_swin(state_dict) else huggingface).detect_format(state_dict)
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A NAT, DiNAT or Swin state dict in official key names, whichever of the known formats it came in."""
+    """A NAT, DiNAT or Swin state dict in official key names, whichever of the known formats it came in.
+
+    What wrappers put before all keys is taken off: "module." of DistributedDataParallel and AveragedModel, "_orig_mod." of
+    torch.compile.
+    """
+    state_dict = _unwrapped(state_dict)
     return (swin if swin.is_swin(state_dict) else huggingface).to_official(state_dict)
+
+
+def _unwrapped(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    keys = [key for key in state_dict if key != "n_averaged"]
+    for wrapper in ("module.", "_orig_mod."):
+        if keys and all(key.startswith(wrapper) for key in keys):
+            return _unwrapped({key.removeprefix(wrapper): state_dict[key] for key in keys})
+    return state_dict

@@ -68,7 +68,10 @@ def detect_format(state_dict: Mapping[str, Tensor]) -> str:
     if any("embeddings.patch_embeddings.projection." in key for key in state_dict):
         return "huggingface"
     if not any(key.startswith("patch_embed.proj.") for key in state_dict):
-        raise ValueError("state_dict is no Swin's: it has neither patch_embed.proj nor another library's name for it")
+        first = ", ".join(list(state_dict)[:3])
+        raise ValueError(f"state_dict is no Swin's: no key is patch_embed.proj or another library's name for it, first {first}")
+    if any(re.match(r"layers_\d+\.", key) for key in state_dict):
+        return "timm"  # with features_only
     merges = {int(key.split(".")[1]) for key in state_dict if re.match(r"layers\.\d+\.downsample\.", key)}
     if "head.fc.weight" in state_dict or (merges and 0 not in merges):
         return "timm"
@@ -84,10 +87,9 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official key names for a timm Swin or Swin v2 state dict; tensors are shared."""
-    return {
-        re.sub(r"^head\.fc\.", "head.", _moved_merge(key, -1)): tensor for key, tensor in _without_buffers(state_dict).items()
-    }
+    """Official key names for the state dict of a timm Swin or Swin v2, features_only or not; tensors are shared."""
+    stages = {re.sub(r"^layers_(\d+)\.", r"layers.\1.", key): tensor for key, tensor in _without_buffers(state_dict).items()}
+    return {re.sub(r"^head\.fc\.", "head.", _moved_merge(key, -1)): tensor for key, tensor in stages.items()}
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,6 +156,10 @@ def to_torchvision(state_dict: Mapping[str, Tensor], window_size: int | tuple[in
         if len(rows) != 1:
             raise ValueError("window_size is needed: the state dict has no bias tables, or tables of several windows")
         window_size = (math.isqrt(rows.pop()) + 1) // 2
+    entries = math.prod(rpb.log_spaced_coords(window_size).shape[:-1])
+    for key, tensor in state_dict.items():
+        if key.endswith("relative_position_bias_table") and tensor.shape[0] != entries:
+            raise ValueError(f"window_size {window_size} has tables of {entries} rows, {key} has {tensor.shape[0]}")
     for key, tensor in state_dict.items():
         block = _BLOCK.fullmatch(key)
         merge = re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", key)
@@ -240,7 +246,7 @@ def to_huggingface(
     Args:
         state_dict: official keys.
         classifier: whether to name them as the classifiers do, whose keys begin with "swin." or "swinv2."; otherwise as
-            the bare models.
+            the bare models. `SwinBackbone` of transformers 5 has the classifiers' keys and a final norm: strict=False.
         transformers_version: 5 for v1's names in the memory of transformers 5, 4 for those of files on the hub and of
             earlier versions. v2 has one set of names.
 

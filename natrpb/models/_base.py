@@ -36,8 +36,7 @@ class ImageModel(nn.Module):
         out_indices: Sequence[int] | None,
         out_norms: bool,
     ) -> None:
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        _check_classes(num_classes)
         if out_indices is None:
             out_indices = range(len(channels))
         elif not features_only:
@@ -85,10 +84,18 @@ class ImageModel(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a fresh one; 0 classes for none; AttributeError for a features_only model."""
+        """Replaces the head by a fresh one, of the model's dtype and on its device; 0 classes for none.
+
+        Raises:
+            ValueError: num_classes below 0.
+            AttributeError: a features_only model.
+        """
         self._check_has_classifier()
+        _check_classes(num_classes)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        like = self.norm.weight
+        make = nn.Linear if num_classes else nn.Identity
+        self.head = make(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         init_linear(self.head)
 
     def _check_has_classifier(self) -> None:
@@ -98,6 +105,11 @@ class ImageModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the bias tables: weight decay would pull them towards no position information."""
         return {name for name, _ in self.named_parameters() if name.endswith("rpb")}
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
 
 
 class Stage(nn.Module):
@@ -137,7 +149,7 @@ class Pyramid(ImageModel):
         attn_drop_rate: dropout on attention weights (unfused, slower).
         drop_path_rate: drop probability of the last block; grows linearly from 0.
         features_only: return the maps of the stages instead of logits; no final norm, no head.
-        out_indices: which stages, default all.
+        out_indices: which stages, default all. Later ones stay, as in the official detection code, but get no gradients.
         out_norms: normalise every returned map by a LayerNorm of its own, `norm{i}`, as the official detection code.
 
     Raises:

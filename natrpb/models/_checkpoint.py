@@ -65,8 +65,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict in a file: .safetensors, or anything that torch.load reads without running code.
 
     Args:
-        path: a plain state dict, or one under the key "state_dict" or "model", beside which there may be numbers, also
-            NumPy's, strings and an argparse.Namespace.
+        path: a plain state dict, or one under the first of the keys "state_dict", "model", "state_dict_ema" and "model_ema"
+            that is there, beside which there may be numbers, also NumPy's, strings and an argparse.Namespace.
 
     Raises:
         RuntimeError: unreadable, damaged, not a state dict, or with Python objects of another kind.
@@ -84,7 +84,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             ) from error
         raise RuntimeError(f"{path} is damaged or no checkpoint; if it was downloaded, delete it ({error})") from error
     if isinstance(content, Mapping):
-        for wrapper in ("state_dict", "model"):
+        for wrapper in ("state_dict", "model", "state_dict_ema", "model_ema"):
             if isinstance(content.get(wrapper), Mapping):
                 content = content[wrapper]
         if content and all(isinstance(tensor, Tensor) for tensor in content.values()):

@@ -42,6 +42,10 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(attn.dim)
         self.mlp = Mlp(attn.dim, int(attn.dim * mlp_ratio), drop)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        state_dict.pop(prefix + "attn_mask", None)  # an official buffer; shifted windows need none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -47,7 +47,7 @@ def _requires_grad(args: Sequence) -> bool:
 
 def _is_transformed() -> bool:
     """Whether a transform of torch.func, a compiler or forward mode may have to see an op."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or torch._C._is_tracing()
     return transformed or forward_ad._current_level >= 0
 
 
