@@ -54,3 +54,10 @@ def test_the_tables_gradient_is_formed_where_it_is_needed():
     assert drpb.shape == (0,) and all(x.isfinite().all() for x in gradients)
     with pytest.raises(RuntimeError, match="needs_drpb must be false without rpb, got true"):
         call("rpb", lambda x: None)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation", "kind"), [(2, 2**62, 0), (8, 2**63 - 8, 1), (2, 2**63 - 1, 2)], ids=str)
+def test_dilations_whose_products_overflow(kernel_size, dilation, kind):
+    x = torch.randn(1, 8, 1, 16)
+    with pytest.raises(RuntimeError, match=f"dilation must be at most 2147483648, got {dilation} on axis 0"):
+        torch.ops.natrpb.local_attention_forward(x, x, x, None, [kernel_size], [1], [dilation], [kind], [0], 1.0)

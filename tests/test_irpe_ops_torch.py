@@ -330,3 +330,6 @@ class TestRefusals:
             ops.rpe_index_transposed(y, index, -1)
         with pytest.raises(RuntimeError, match=r"y must have shape \[B, h, Nq, Nk\]"):
             ops.rpe_index_transposed(y[0], index, 3)
+        for terms in (0, 2):
+            with pytest.raises(RuntimeError, match=rf"index must have shape \[Nq, Nk\], got \[{terms}, 4, 6\]"):
+                ops.rpe_index_transposed(y, index.expand(terms, 4, 6), 3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from natrpb import rpb
-from natrpb.functional import window_attention
+from natrpb.functional import window_attention, window_attention_qkvpacked
 from natrpb.functional.window import crop_from_windows, fit_shift, pad_to_windows
 from natrpb.modules import ContinuousPositionBias, WindowAttention, WindowAttentionV2
 
@@ -476,6 +476,27 @@ def test_geometric_resizing_keeps_constants_centre_and_untouched_axes():
     close(rpb.resize(torch.ones(1, 13, 13), 12, "geometric_cubic"), torch.ones(1, 23, 23), 1e-6)
     with pytest.raises(ValueError, match="at least 5 entries per axis"):
         rpb.resize(torch.ones(1, 3, 3), 3, "geometric_cubic")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["slices", "packed"])
+@pytest.mark.parametrize("shift", [0, 2, 5, 500], ids=str)
+def test_a_window_far_beyond_the_map_costs_no_more_than_the_map(shift, packed):
+    """64 M entries and 1 M scores per query otherwise; the gradient of what no pair uses is zero."""
+    qkv = torch.randn(1, 5, 3, 3, 2, 4, dtype=torch.float64)
+    table = torch.randn(2, 2047, 9, dtype=torch.float64, requires_grad=True)
+    small = table.detach()[:, 1024 - 8 : 1024 + 7].clone().requires_grad_()
+    results = []
+    for size, shifted, bias in ((1024, shift, table), (8, shift if shift < 5 else 0, small)):
+        pattern = ((size, 5), (shifted, 0), bias)
+        if packed:
+            out = window_attention_qkvpacked(qkv, *pattern, convention="nat")
+        else:
+            out = window_attention(*qkv.unbind(-3), *pattern, convention="nat")
+        results.append((out, *torch.autograd.grad(out.square().sum(), bias)))
+    (ours, gradient), (expected, expected_gradient) = results
+    close(ours, expected)
+    close(gradient[:, 1024 - 8 : 1024 + 7], expected_gradient)
+    assert gradient.count_nonzero() == expected_gradient.count_nonzero()
 
 
 def test_a_window_beyond_all_memory_is_refused():

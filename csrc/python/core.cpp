@@ -26,11 +26,12 @@ Axis make_axis(int64_t length, int64_t kernel_size, int64_t stride, int64_t dila
   };
   require(length >= 1, "length must be at least 1, got " + std::to_string(length));
   require(kernel_size >= 1, "kernel_size must be at least 1, got " + std::to_string(kernel_size));
-  require(dilation >= 1, "dilation must be at least 1, got " + std::to_string(dilation));
+  constexpr int64_t kMost = int64_t{1} << 31;
+  require(1 <= dilation && dilation <= kMost, "dilation must be between 1 and 2^31, got " + std::to_string(dilation));
   require(1 <= stride && stride <= kernel_size, "stride must be between 1 and kernel_size, got " + std::to_string(stride));
   require(0 <= kind && kind <= 2, "kind must be 0 (neighborhood), 1 (causal) or 2 (window), got " + std::to_string(kind));
   require(0 <= shift && shift < kernel_size, "shift must be between 0 and kernel_size - 1, got " + std::to_string(shift));
-  require(kind == 2 || kernel_size * dilation <= length, "kernel_size * dilation must not exceed length, got " +
+  require(kind == 2 || dilation <= length / kernel_size, "kernel_size * dilation must not exceed length, got " +
                                                              std::to_string(kernel_size) + " * " + std::to_string(dilation) +
                                                              " > " + std::to_string(length));
   Axis axis;

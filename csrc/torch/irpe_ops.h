@@ -44,6 +44,7 @@ struct IrpeOps {
   static Tensor index_transposed(Tensor y, Tensor index, int64_t num_buckets) {
     const Backend backend("y", y);
     STD_TORCH_CHECK(y.dim() == 4, "y must have shape [B, h, Nq, Nk], got ", shape_of(y));
+    STD_TORCH_CHECK(index.dim() == 2, "index must have shape [Nq, Nk], got ", shape_of(index));
     STD_TORCH_CHECK(num_buckets >= 0, "num_buckets must not be negative, got ", num_buckets);
     RpeIndexParams p = index_params(y, y.size(3));
     index = take_map(backend, "index", index, p.queries, p.keys, num_buckets, p.index);

@@ -12,6 +12,8 @@ enum class Layout { kHeadsLast, kHeadsFirst };  // [B, *, h, D] or [B, h, *, D]
 
 // The pattern, the sizes and the storage type, taken from one [B, *, h, channels] tensor of the call.
 struct LocalAttentionCall {
+  static constexpr int64_t kMostSlots = int64_t{1} << 31;  // sizes of scratch memory stay far below overflow
+
   LocalAttentionParams params;
   int64_t ndim;
   Layout layout;
@@ -29,7 +31,6 @@ struct LocalAttentionCall {
     params.dtype = dtype_of(name, model);
     params.batch = model.size(0);
     params.heads = model.size(layout == Layout::kHeadsLast ? ndim + 1 : 1);
-    constexpr int64_t kMostSlots = int64_t{1} << 31;  // sizes of scratch memory stay far below overflow
     for (int64_t i = 0, count = 1; i < ndim; ++i, count *= kernel_size[i - 1]) {
       STD_TORCH_CHECK(kernel_size[i] < 1 || kernel_size[i] <= kMostSlots / count, "kernel_size must span at most ", kMostSlots,
                       " keys over all axes, got ", kernel_size[i], " on axis ", i);
@@ -110,7 +111,9 @@ struct LocalAttentionCall {
                     ", ", axis.dilation, ", ", axis.stride, " on axis ", i);
     STD_TORCH_CHECK(0 <= axis.shift && axis.shift < axis.kernel_size, "shift must be between 0 and window size - 1, got ",
                     axis.shift, " on axis ", i);
-    STD_TORCH_CHECK(is_empty || axis.kind == AxisKind::kWindow || axis.kernel_size * axis.dilation <= axis.length,
+    STD_TORCH_CHECK(axis.dilation <= kMostSlots, "dilation must be at most ", kMostSlots, ", got ", axis.dilation, " on axis ",
+                    i);
+    STD_TORCH_CHECK(is_empty || axis.kind == AxisKind::kWindow || axis.dilation <= axis.length / axis.kernel_size,
                     "kernel_size * dilation must not exceed the axis' length, got ", axis.kernel_size, " * ", axis.dilation,
                     " > ", axis.length, " on axis ", i);
   }

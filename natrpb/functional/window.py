@@ -99,7 +99,7 @@ def window_attention(
     if dropout_p > 0 or dense_bias is not None:
         out, lse = _unfused(query, key, value, rpb, dense_bias, pattern, scale, dropout_p)
     else:
-        out, lse = ops.local_attention(query, key, value, rpb, pattern, scale)
+        out, lse = ops.local_attention(query, key, value, *_within_map(rpb, pattern, query.shape[1:-2]), scale)
     return (out, lse) if return_lse else out
 
 
@@ -144,7 +144,7 @@ def window_attention_qkvpacked(
     scale = head_dim**-0.5 if scale is None else finite_float("scale", scale)
     rpb = _nat_table(rpb, convention, heads, pattern)
     check_rpb(rpb, heads, pattern, qkv.device)
-    out, lse = ops.local_attention_qkvpacked(qkv, rpb, pattern, scale)
+    out, lse = ops.local_attention_qkvpacked(qkv, *_within_map(rpb, pattern, qkv.shape[1:-3]), scale)
     return (out, lse) if return_lse else out
 
 
@@ -239,6 +239,22 @@ def _nat_table(rpb: Tensor | None, convention: str, heads: int, pattern: Pattern
         )
     grid = rpb.t().reshape(heads, *sides) if flat else rpb
     return grid.flip(tuple(range(1, grid.dim()))) if convention == "swin" else grid
+
+
+def _within_map(rpb: Tensor | None, pattern: Pattern, spatial: Sequence[int]) -> tuple[Tensor | None, Pattern]:
+    """The same windows where they are longer than an axis, without the scores and table entries of what lies beyond it."""
+    if all(w <= length for w, length in zip(pattern.kernel_size, spatial)):
+        return rpb, pattern
+    sizes, shifts = [], []
+    for w, shift, length in zip(pattern.kernel_size, pattern.shift, spatial):
+        if w > length:
+            shift = shift if shift < length else 0
+            w = max(shift + 1, length - shift)
+        sizes.append(w)
+        shifts.append(shift)
+    if rpb is not None:
+        rpb = rpb[(slice(None), *(slice(old - new, old + new - 1) for old, new in zip(pattern.kernel_size, sizes)))]
+    return rpb, pattern._replace(kernel_size=tuple(sizes), shift=tuple(shifts))
 
 
 def _check_logit_scale(logit_scale, scale, heads, query):
