@@ -48,13 +48,17 @@ def _check_isa() -> None:
 
 
 def _stacklevel() -> int:
-    """For a warning from the function that asks: the level of the nearest caller outside of this package.
+    """For a warning from the function that asks: the level of the nearest caller outside of this package and torch.
 
     NB: `warnings` does not count importlib's frames either.
     """
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and (package := frame.f_globals.get("__name__", "").partition(".")[0]) in ("natrpb", "importlib"):
-        level, frame = level + (package == "natrpb"), frame.f_back
+    while frame.f_back and (package := frame.f_globals.get("__name__", "").partition(".")[0]) in (
+        "natrpb",
+        "torch",
+        "importlib",
+    ):
+        level, frame = level + (package != "importlib"), frame.f_back
     return level
 
 
@@ -138,14 +142,16 @@ def runs_compiled(device: torch.device, op: str) -> bool:
             return True
     why = gap or reason or (cuda_reason if device.type == "cuda" else None)
     what = f"{op} on {device.type}" if why is None else device.type
+    return _runs_on_reference(what, why or f"there are no kernels of {op} for {device.type!r} tensors")
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot follow a warning
+def _runs_on_reference(what: str, why: str) -> bool:
+    """Says so once for each `what`; False."""
     if what not in _warned:
         _warned.add(what)
-        warnings.warn(
-            "natrpb runs on the plain PyTorch reference, which is slow and stores every attention weight: "
-            f"{why or f'there are no kernels of {op} for {device.type!r} tensors'}. See natrpb.info().",
-            RuntimeWarning,
-            stacklevel=_stacklevel(),
-        )
+        sentence = "natrpb runs on the plain PyTorch reference, which is slow and stores every attention weight"
+        warnings.warn(f"{sentence}: {why}. See natrpb.info().", RuntimeWarning, stacklevel=_stacklevel())
     return False
 
 

@@ -70,6 +70,19 @@ def test_reference_serves_where_the_library_does_not(library, tmp_path):
         torch.testing.assert_close(theirs, ours, rtol=1e-10, atol=1e-10)
 
 
+def test_a_compiled_call_falls_back_too(monkeypatch):
+    monkeypatch.setattr(_ext, "compiled_ops", {})
+    monkeypatch.setattr(_ext, "_warned", set())
+    torch._dynamo.reset()
+    attention = natrpb.NeighborhoodAttention2D(8, 2, 3)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 5, 6, 8)
+    with pytest.warns(RuntimeWarning, match="runs on the plain PyTorch reference"):
+        out = compiled(x)
+    torch.testing.assert_close(out, attention(x))
+    torch._dynamo.reset()
+
+
 def test_info_names_what_runs():
     info = natrpb.info()
     assert info["version"] == natrpb.__version__ and info["torch"] == torch.__version__
