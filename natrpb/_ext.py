@@ -53,11 +53,10 @@ def _stacklevel() -> int:
     NB: `warnings` does not count importlib's frames either.
     """
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and (package := frame.f_globals.get("__name__", "").partition(".")[0]) in (
-        "natrpb",
-        "torch",
-        "importlib",
-    ):
+    while frame.f_back:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("natrpb", "torch", "importlib"):
+            break
         level, frame = level + (package != "importlib"), frame.f_back
     return level
 
