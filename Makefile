@@ -68,7 +68,7 @@ format: $(STAMPS)/test
 CMAKE := $(VENV)/bin/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release
 
-# Those of the CPU kernels run on the objects of the Python package, and under sanitizers.
+# The C++ tests of the CPU kernels link the objects of the Python package; under sanitizers they compile their own.
 CONFIGURE = torch=$$($(PY) -c 'import torch; print(torch.__path__[0])'); \
 	objects=$$($(PY) -c 'import sys, torch; print(f"torch-{torch.__version__}-{sys.implementation.cache_tag}/natrpb._C")'); \
 	$(CMAKE) -S . -B build/cmake $(CMAKE_OPTIONS) -DNATRPB_CPU_OBJECTS="$(CURDIR)/build/$$objects" -DNATRPB_EMULATOR=ON \

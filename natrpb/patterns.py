@@ -109,13 +109,13 @@ def window_pattern(ndim: int, window_size, shift_size=0) -> Pattern:
     """
     window = per_axis("window_size", window_size, ndim)
     shift = per_axis("shift_size", shift_size, ndim)
-    if math.prod(window) > MOST_SLOTS:
-        raise ValueError(f"window_size must span at most {MOST_SLOTS} positions over all axes, got {list(window)}")
     for axis, (w, s) in enumerate(zip(window, shift)):
         if w < 1:
             raise ValueError(f"window_size must be at least 1, got {w} on axis {axis}")
         if not 0 <= s < w:
             raise ValueError(f"shift_size must be between 0 and window_size - 1 ({w - 1}), got {s} on axis {axis}")
+    if math.prod(window) > MOST_SLOTS:
+        raise ValueError(f"window_size must span at most {MOST_SLOTS} positions over all axes, got {list(window)}")
     ones = (1,) * ndim
     return Pattern(window, ones, ones, (WINDOW,) * ndim, shift)
 

@@ -280,13 +280,14 @@ def test_meta_tensors_give_shapes():
     [
         (lambda: window_pattern(2, 0), ValueError, "window_size must be at least 1"),
         (lambda: window_pattern(2, (4, -1)), ValueError, "window_size must be at least 1, got -1 on axis 1"),
+        (lambda: window_pattern(2, -(10**6)), ValueError, "window_size must be at least 1, got -1000000 on axis 0"),
         (lambda: window_pattern(2, 4, 4), ValueError, r"shift_size must be between 0 and window_size - 1 \(3\), got 4"),
         (lambda: window_pattern(2, 4, -1), ValueError, "shift_size must be"),
         (lambda: window_pattern(2, 4, (1, 2, 3)), ValueError, "shift_size must be one int or 2"),
         (lambda: window_pattern(2, 4.0), TypeError, "window_size must be int"),
         (lambda: neighborhood_pattern(1, [3, 3]), ValueError, "kernel_size must be one int or 1"),
     ],
-    ids=["size-zero", "size-negative", "shift-too-large", "shift-negative", "shift-length", "size-type", "length"],
+    ids=["size-zero", "size-negative", "sizes-negative", "shift-too-large", "shift-negative", "shift-length", "size-type", "length"],
 )
 def test_bad_patterns_are_named(build, error, match):
     with pytest.raises(error, match=match):

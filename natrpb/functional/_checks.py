@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from ..ops._common import autocasts
+from ..ops._register import autocasts
 from ..patterns import Pattern
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -7,17 +7,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ._register import AUTOCAST_DEVICES
+from ._register import autocasts
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, lse and bias tables: fp32, fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for this device."""
-    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -16,8 +16,12 @@ _library = torch.library.Library("natrpb", "IMPL")
 # NB: asked once and here, since torch 2.11 cannot trace the question.
 AUTOCAST_DEVICES = tuple(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
-
 _functions: dict[str, type[_SingleLevelFunction]] = {}  # of each differentiable op
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this device."""
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def call_op(name: str, *args):
@@ -31,8 +35,7 @@ def call_op(name: str, *args):
     if not _requires_grad(args):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    device = args[0].device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if autocasts(args[0].device):
         return op(*args)
     return _functions[name].apply(*args)
 
