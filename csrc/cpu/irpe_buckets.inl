@@ -44,19 +44,18 @@ struct RowLookup {
   Vec<T> entry[2 * PAIRS];
 
   NATRPB_INLINE explicit RowLookup(const T* row) {
-    unroll<2 * PAIRS>([&](auto i) NATRPB_LAMBDA { entry[decltype(i)::value] = load(row + decltype(i)::value * kLanes<T>); });
+    NATRPB_UNROLL for (int i = 0; i < 2 * PAIRS; ++i) entry[i] = load(row + i * kLanes<T>);
   }
   NATRPB_INLINE Vec<T> operator()([[maybe_unused]] Index<T> index) const {
 #if defined(NATRPB_X86) && NATRPB_VECTOR_BYTES == 64
     static_assert(sizeof(T) == 4);
     const __m512i i = bit_cast<__m512i>(index);  // of which a permutation takes the low bits
     __m512 result = _mm512_permutex2var_ps(bit_cast<__m512>(entry[0]), i, bit_cast<__m512>(entry[1]));
-    unroll<PAIRS - 1>([&](auto n) NATRPB_LAMBDA {
-      constexpr int p = decltype(n)::value + 1;
+    NATRPB_UNROLL for (int p = 1; p < PAIRS; ++p) {
       const __m512 other = _mm512_permutex2var_ps(bit_cast<__m512>(entry[2 * p]), i, bit_cast<__m512>(entry[2 * p + 1]));
       const __mmask16 here = _mm512_cmpge_epi32_mask(i, _mm512_set1_epi32(p * 2 * kLanes<T>));
       result = _mm512_mask_mov_ps(result, here, other);
-    });
+    }
     return bit_cast<Vec<T>>(result);
 #else
     static_assert(PAIRS < 0, "no permutation of several vectors here");
@@ -142,12 +141,12 @@ void add_column_block(const BucketMap& map, const Window& window, int64_t term, 
   alignas(kVectorBytes) T words[L * kMostQueries];  // [key][query], first indices, then what they look up
   for (int64_t q = 0; q < window.queries; q += L) {
     Vec<T> tile[L];
-    unroll<L>([&](auto r) NATRPB_LAMBDA {
-      const int64_t query = min_of(q + decltype(r)::value, window.queries - 1);
-      tile[decltype(r)::value] = bit_cast<Vec<T>>(load_narrow<T>(window.index(map, term, query) + k, window.keys - k));
-    });
+    NATRPB_UNROLL for (int r = 0; r < L; ++r) {
+      const int64_t query = min_of(q + r, window.queries - 1);
+      tile[r] = bit_cast<Vec<T>>(load_narrow<T>(window.index(map, term, query) + k, window.keys - k));
+    }
     transpose<T>(tile);
-    unroll<L>([&](auto r) NATRPB_LAMBDA { store(words + decltype(r)::value * kMostQueries + q, tile[decltype(r)::value]); });
+    NATRPB_UNROLL for (int r = 0; r < L; ++r) store(words + r * kMostQueries + q, tile[r]);
   }
   for (int l = 0; l < L; ++l) {
     const RowLookup<T, PAIRS> lookup(rows + l * pitch);
@@ -158,13 +157,12 @@ void add_column_block(const BucketMap& map, const Window& window, int64_t term, 
   }
   for (int64_t q = 0; q < window.queries; q += L) {
     Vec<T> tile[L];
-    unroll<L>([&](auto r) NATRPB_LAMBDA { tile[decltype(r)::value] = load(words + decltype(r)::value * kMostQueries + q); });
+    NATRPB_UNROLL for (int r = 0; r < L; ++r) tile[r] = load(words + r * kMostQueries + q);
     transpose<T>(tile);
-    unroll<L>([&](auto r) NATRPB_LAMBDA {
-      if (q + decltype(r)::value >= window.queries) return;
-      T* to = s + (q + decltype(r)::value) * s_pitch;
-      store(to, load(to) + tile[decltype(r)::value]);
-    });
+    NATRPB_UNROLL for (int r = 0; r < L; ++r) {
+      T* to = s + (q + r) * s_pitch;
+      if (q + r < window.queries) store(to, load(to) + tile[r]);
+    }
   }
 }
 
@@ -198,17 +196,13 @@ template <class T, int ROWS>
 void fill_bins(const T* p, int64_t p_pitch, const int32_t* index, int64_t index_step, int64_t keys, T* bins, int64_t pitch) {
   int64_t k = 0;
   for (; k + 1 < keys; k += 2) {
-    unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
-      constexpr int r = decltype(i)::value;
+    NATRPB_UNROLL for (int r = 0; r < ROWS; ++r) {
       bins[2 * r * pitch + index[r * index_step + k]] += p[r * p_pitch + k];
       bins[(2 * r + 1) * pitch + index[r * index_step + k + 1]] += p[r * p_pitch + k + 1];
-    });
+    }
   }
   if (k == keys) return;
-  unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
-    constexpr int r = decltype(i)::value;
-    bins[2 * r * pitch + index[r * index_step + k]] += p[r * p_pitch + k];
-  });
+  NATRPB_UNROLL for (int r = 0; r < ROWS; ++r) bins[2 * r * pitch + index[r * index_step + k]] += p[r * p_pitch + k];
 }
 
 // Calls done(first query, count) after the bins [2 kBinRows][pitch] hold the sums of up to kBinRows queries.

@@ -34,20 +34,18 @@ void product_tile(const TileArgs<T>& args) {
   const int64_t a_row = args.a.row;
   for (int64_t k = args.depth; k > 0; --k, a += args.a.step, b += args.b_step) {
     Vec<T> row[VECTORS];
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { row[decltype(v)::value] = load(b + decltype(v)::value * L); });
-    unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-      const Vec<T> x = splat(a[decltype(r)::value * a_row]);
-      unroll<VECTORS>([&](auto v)
-                          NATRPB_LAMBDA { acc[decltype(r)::value][decltype(v)::value] += x * row[decltype(v)::value]; });
-    });
+    NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) row[v] = load(b + v * L);
+    NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) {
+      const Vec<T> x = splat(a[i * a_row]);
+      NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += x * row[v];
+    }
   }
-  unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-      constexpr int i = decltype(r)::value, j = decltype(v)::value;
-      T* c = args.c + i * args.c_step + j * L;
-      store(c, args.add ? load(c) + acc[i][j] : acc[i][j]);
-    });
-  });
+  NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) {
+    NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) {
+      T* c = args.c + i * args.c_step + v * L;
+      store(c, args.add ? load(c) + acc[i][v] : acc[i][v]);
+    }
+  }
 }
 
 template <class T, int... I>

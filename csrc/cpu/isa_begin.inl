@@ -6,6 +6,12 @@
 
 #define NATRPB_INLINE inline __attribute__((always_inline))
 #define NATRPB_LAMBDA __attribute__((always_inline))
+// Before a loop over a constant range.
+#ifdef __clang__
+#define NATRPB_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define NATRPB_UNROLL _Pragma("GCC unroll 64")
+#endif
 #define NATRPB_PRAGMA(text) _Pragma(#text)
 
 #ifdef NATRPB_TARGET

@@ -65,15 +65,14 @@ void copy_columns(const S* from, Steps steps, int64_t count, int64_t words, int6
     const auto corner = [&](int64_t c, int64_t left, auto whole) NATRPB_LAMBDA {
       constexpr bool kWhole = decltype(whole)::value;
       Vec<T> tile[L];
-      unroll<L>([&](auto r) NATRPB_LAMBDA {
-        const W* p = reinterpret_cast<const W*>(row[decltype(r)::value]) + c;
-        tile[decltype(r)::value] = kWhole ? load_as<T>(p) : load_part<T>(p, left);
-      });
+      NATRPB_UNROLL for (int n = 0; n < L; ++n) {
+        const W* p = reinterpret_cast<const W*>(row[n]) + c;
+        tile[n] = kWhole ? load_as<T>(p) : load_part<T>(p, left);
+      }
       transpose<T>(tile);
-      unroll<L>([&](auto r) NATRPB_LAMBDA {
-        constexpr int n = decltype(r)::value;
+      NATRPB_UNROLL for (int n = 0; n < L; ++n) {
         if (kWhole || n < left) store(to + (c + n) * pitch + i, tile[n]);
-      });
+      }
     };
     int64_t c = 0;
     for (; c + L <= words; c += L) corner(c, L, Const<true>{});

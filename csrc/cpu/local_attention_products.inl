@@ -24,33 +24,28 @@ void product_tile(const Product<Compute<F>>& m) {
   constexpr int L = kLanes<T>;
   const int64_t step = O == Order::kColumns ? m.a_step : 1;
   const T* a[ROWS];
-  unroll<ROWS>([&](auto i)
-                   NATRPB_LAMBDA { a[decltype(i)::value] = m.a + decltype(i)::value * (O == Order::kColumns ? 1 : m.a_step); });
+  NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) a[i] = m.a + i * (O == Order::kColumns ? 1 : m.a_step);
   const T* b = m.b;
   Vec<T> acc[ROWS][VECTORS] = {};
   for (int64_t w = 0; w < m.words; ++w, b += m.b_step) {
     Vec<T> row[VECTORS];
-    unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { row[decltype(v)::value] = in_register(load(b + decltype(v)::value * L)); });
-    unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
-      constexpr int n = decltype(i)::value;
-      const Vec<T> factor = in_register(splat(a[n][w * step]));
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        acc[n][decltype(v)::value] = multiply_add<F>(acc[n][decltype(v)::value], factor, row[decltype(v)::value]);
-      });
-    });
+    NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) row[v] = in_register(load(b + v * L));
+    NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) {
+      const Vec<T> factor = in_register(splat(a[i][w * step]));
+      NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = multiply_add<F>(acc[i][v], factor, row[v]);
+    }
   }
   const Vec<T> scale = splat(m.scale);
   T* c = m.c;
   const T* start = m.start;
   const int64_t c_step = m.c_step, start_step = m.start_step;  // stores may change m, for all that the compiler knows
   const auto write = [&](auto starts) NATRPB_LAMBDA {
-    unroll<ROWS>([&](auto i) NATRPB_LAMBDA {
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        constexpr int n = decltype(i)::value, at = decltype(v)::value * L;
-        const Vec<T> sum = scale * acc[n][decltype(v)::value];
-        store(c + n * c_step + at, decltype(starts)::value ? load(start + n * start_step + at) + sum : sum);
-      });
-    });
+    NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) {
+      NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        const Vec<T> sum = scale * acc[i][v];
+        store(c + i * c_step + v * L, decltype(starts)::value ? load(start + i * start_step + v * L) + sum : sum);
+      }
+    }
   };
   start ? write(Const<true>{}) : write(Const<false>{});
 }

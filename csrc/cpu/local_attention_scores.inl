@@ -77,9 +77,7 @@ NATRPB_INLINE Softmax<T> exponentiate(T* p, int64_t slots, int64_t step = kLanes
   Vec<T> peaks[4] = {load(p), load(p), load(p), load(p)};  // four chains hide the latency of the maximum
   int64_t t = 0;
   for (; t + 4 <= slots; t += 4) {
-    unroll<4>([&](auto i) NATRPB_LAMBDA {
-      peaks[decltype(i)::value] = max<T>(peaks[decltype(i)::value], load(p + (t + decltype(i)::value) * step));
-    });
+    NATRPB_UNROLL for (int i = 0; i < 4; ++i) peaks[i] = max<T>(peaks[i], load(p + (t + i) * step));
   }
   for (; t < slots; ++t) peaks[0] = max<T>(peaks[0], load(p + t * step));
   const Vec<T> largest = max<T>(max<T>(peaks[0], peaks[1]), max<T>(peaks[2], peaks[3]));

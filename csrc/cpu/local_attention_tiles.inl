@@ -46,7 +46,7 @@ void score_tile(const ScoreArgs<Compute<F>>& args) {
     Vec<T> acc[ROWS][SLOTS] = {};
     for (int64_t c = min_of(kRun, depth - begin); c > 0; --c, key += args.pitch, query += L) {
       Vec<T> q[ROWS];
-      unroll<ROWS>([&](auto r) NATRPB_LAMBDA { q[decltype(r)::value] = load(query + decltype(r)::value * depth * L); });
+      NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) q[i] = load(query + i * depth * L);
       [[maybe_unused]] Vec<T> low, high;
       if constexpr (R == Reach::kAligned || R == Reach::kAcross) {
         low = load(key);
@@ -54,35 +54,33 @@ void score_tile(const ScoreArgs<Compute<F>>& args) {
       }
       if constexpr (R == Reach::kAcross)
         place = in_register(place);  // NB: else GCC keeps the places of all slots, and spills them
-      unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-        constexpr int j = decltype(t)::value;
-        Vec<T> k;
-        if constexpr (R == Reach::kAligned) {
-          k = in_register(shift_in<j, T>(low, high));
-        } else if constexpr (R == Reach::kAcross) {
-          k = in_register(pick<T>(low, place + j, high));
-        } else {
-          k = in_register(load_lanes<T, R>(key + j, lanes));
+      const auto meet = [&](int j, Vec<T> k) NATRPB_LAMBDA {
+        NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) acc[i][j] = multiply_add<F>(acc[i][j], q[i], k);
+      };
+      if constexpr (R == Reach::kAligned) {
+        unroll<SLOTS>([&](auto t)
+                          NATRPB_LAMBDA { meet(decltype(t)::value, in_register(shift_in<decltype(t)::value, T>(low, high))); });
+      } else {
+        NATRPB_UNROLL for (int j = 0; j < SLOTS; ++j) {
+          if constexpr (R == Reach::kAcross) {
+            meet(j, in_register(pick<T>(low, place + j, high)));
+          } else {
+            meet(j, in_register(load_lanes<T, R>(key + j, lanes)));
+          }
         }
-        unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-          constexpr int i = decltype(r)::value;
-          acc[i][j] = multiply_add<F>(acc[i][j], q[i], k);
-        });
-      });
+      }
     }
     const Vec<T> scale = splat(args.scale);
     const auto add_to = [&](auto first) NATRPB_LAMBDA {
-      unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-        constexpr int i = decltype(r)::value;
+      NATRPB_UNROLL for (int i = 0; i < ROWS; ++i) {
         T* score = args.score + (args.score_at + args.score_start[i]);
         const T* bias = args.bias + (args.bias_at + args.bias_start[i]);
-        unroll<SLOTS>([&](auto t) NATRPB_LAMBDA {
-          constexpr int j = decltype(t)::value;
+        NATRPB_UNROLL for (int j = 0; j < SLOTS; ++j) {
           const Vec<T> before =
               decltype(first)::value ? load_lanes<T, Reach::kWithin>(bias + j, bias_lanes) : load(score + j * L);
           store(score + j * L, before + scale * acc[i][j]);
-        });
-      });
+        }
+      }
     };
     begin == 0 ? add_to(Const<true>{}) : add_to(Const<false>{});
   }
@@ -144,32 +142,26 @@ void sum_tile(const Compute<F>* p, const Block<Compute<F>>& block, const KeyRows
     const T* source = x.at(k0, k1, first) + channel;
     for_words<QUERIES, R, kWidth, ODD>(count, [&](auto&& meets) NATRPB_LAMBDA {
       Vec<T> row[VECTORS];
-      unroll<VECTORS>([&](auto v)
-                          NATRPB_LAMBDA { row[decltype(v)::value] = in_register(load(source + decltype(v)::value * L)); });
+      NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) row[v] = in_register(load(source + v * L));
       source += step;
       meets([&](auto i, int64_t t) NATRPB_LAMBDA {
         constexpr int n = decltype(i)::value;
         const Vec<T> w = splat(weights[t * L + n]);
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-          constexpr int m = decltype(v)::value;
-          acc[n][m] = multiply_add<F>(acc[n][m], w, row[m]);
-        });
+        NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) acc[n][v] = multiply_add<F>(acc[n][v], w, row[v]);
       });
     });
   });
   S* to = out.data + out.steps(lane) + channel;
   const int64_t to_step = out.steps.step, left = out.channels - channel;
   const auto write = [&](auto whole) NATRPB_LAMBDA {
-    unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-      constexpr int n = decltype(i)::value;
-      const Vec<T> factor = splat(T(out.factor[lane + n]));
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        constexpr int m = decltype(v)::value;
-        const Vec<T> sum = acc[n][m] * factor;
-        decltype(whole)::value ? store_as(to + n * to_step + m * L, sum)
-                               : store_channels<T>(to + n * to_step + m * L, sum, left - m * L);
-      });
-    });
+    NATRPB_UNROLL for (int i = 0; i < QUERIES; ++i) {
+      const Vec<T> factor = splat(T(out.factor[lane + i]));
+      NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        const Vec<T> sum = acc[i][v] * factor;
+        decltype(whole)::value ? store_as(to + i * to_step + v * L, sum)
+                               : store_channels<T>(to + i * to_step + v * L, sum, left - v * L);
+      }
+    }
   };
   left >= VECTORS* L ? write(Const<true>{}) : write(Const<false>{});
 }
@@ -201,17 +193,13 @@ void scatter_tile(const T* p, int64_t p_step, const Block<T>& block, const KeyRo
   constexpr int L = kLanes<T>;
   Vec<T> query[ROWS][QUERIES][VECTORS];
   int64_t start[ROWS];  // of key row (0, 0)'s weights: the others follow linearly
-  unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-    constexpr int row = decltype(r)::value;
-    start[row] = row * p_step + first_slot(rows[row], kernel, 0, 0) * L + lane;
-    const T* from = x[row].data + x[row].steps(lane) + channel;
-    unroll<QUERIES>([&](auto i) NATRPB_LAMBDA {
-      unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-        constexpr int n = decltype(i)::value, m = decltype(v)::value;
-        query[row][n][m] = load(from + n * x[row].steps.step + m * L) * x[row].factor;
-      });
-    });
-  });
+  NATRPB_UNROLL for (int r = 0; r < ROWS; ++r) {
+    start[r] = r * p_step + first_slot(rows[r], kernel, 0, 0) * L + lane;
+    const T* from = x[r].data + x[r].steps(lane) + channel;
+    NATRPB_UNROLL for (int i = 0; i < QUERIES; ++i) {
+      NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) query[r][i][v] = load(from + i * x[r].steps.step + v * L) * x[r].factor;
+    }
+  }
   const int64_t step = dx.step[2], count = block.count[lane];  // NB: GCC would load them again after every store
   for_shared_rows(rows, ROWS, [&](int64_t k0, int64_t k1, int begin, int end) NATRPB_LAMBDA {
     T* target = dx.at(k0, k1, block.first[lane]) + channel;
@@ -219,25 +207,19 @@ void scatter_tile(const T* p, int64_t p_step, const Block<T>& block, const KeyRo
     with_rows<ROWS>(begin, end, [&](auto first, auto last) NATRPB_LAMBDA {
       constexpr int kFirst = decltype(first)::value, kCount = decltype(last)::value - kFirst;
       const T* weights[kCount];
-      unroll<kCount>([&](auto n)
-                         NATRPB_LAMBDA { weights[decltype(n)::value] = p + (start[kFirst + decltype(n)::value] + offset); });
+      NATRPB_UNROLL for (int r = 0; r < kCount; ++r) weights[r] = p + (start[kFirst + r] + offset);
       T* to = target;
       for_words<QUERIES, R>(count, [&](auto&& meets) NATRPB_LAMBDA {
         Vec<T> acc[2][VECTORS] = {};  // two chains: half the latency
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA { acc[0][decltype(v)::value] = load(to + decltype(v)::value * L); });
+        NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) acc[0][v] = load(to + v * L);
         meets([&](auto i, int64_t t) NATRPB_LAMBDA {
-          unroll<kCount>([&](auto n) NATRPB_LAMBDA {
-            constexpr int r = decltype(n)::value, chain = (decltype(i)::value * kCount + r) % 2;
-            const Vec<T> w = splat(weights[r][t * L + decltype(i)::value]);
-            unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-              acc[chain][decltype(v)::value] += w * query[kFirst + r][decltype(i)::value][decltype(v)::value];
-            });
-          });
+          constexpr int n = decltype(i)::value;
+          NATRPB_UNROLL for (int r = 0; r < kCount; ++r) {
+            const Vec<T> w = splat(weights[r][t * L + n]);
+            NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) acc[(n * kCount + r) % 2][v] += w * query[kFirst + r][n][v];
+          }
         });
-        unroll<VECTORS>([&](auto v) NATRPB_LAMBDA {
-          constexpr int m = decltype(v)::value;
-          store(to + m * L, acc[0][m] + acc[1][m]);
-        });
+        NATRPB_UNROLL for (int v = 0; v < VECTORS; ++v) store(to + v * L, acc[0][v] + acc[1][v]);
         to += step;
       });
     });

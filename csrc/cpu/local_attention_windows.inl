@@ -379,10 +379,7 @@ struct WindowWorker {
       for (int64_t c = 0; c < pitch; c += L) {
         const Vec<T> factor = load(row + c);
         const T* from = rows + k * pitch + c;
-        unroll<L>([&](auto i) NATRPB_LAMBDA {
-          sums[decltype(i)::value] = multiply_add<F>(sums[decltype(i)::value], factor, load(from));
-          from += pitch;
-        });
+        NATRPB_UNROLL for (int i = 0; i < L; ++i, from += pitch) sums[i] = multiply_add<F>(sums[i], factor, load(from));
       }
       write(k, sums_of<T>(sums));
     }

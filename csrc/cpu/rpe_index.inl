@@ -77,9 +77,7 @@ struct RpeIndex {
     int64_t j = 0;
     for (; j + L <= params.keys; j += L) add_block<ROWS, true>(lanes, i, j, index + j, bins);
     if (j < params.keys) add_block<ROWS, false>(lanes, i, j, index + j, bins);
-    unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-      store_bins(bins + decltype(r)::value * buckets * L, lanes.x, (i + decltype(r)::value) * params.x.row, lanes.last);
-    });
+    for (int r = 0; r < ROWS; ++r) store_bins(bins + r * buckets * L, lanes.x, (i + r) * params.x.row, lanes.last);
   }
 
   // The columns j .. of rows i .., at most L of them, added to their bins.
@@ -87,22 +85,21 @@ struct RpeIndex {
   NATRPB_INLINE void add_block(const Lanes& lanes, int64_t i, int64_t j, const int32_t* index, T* bins) const {
     const int64_t count = WHOLE ? L : params.keys - j;
     const int64_t row_bins = params.index.buckets * L, row_index = params.keys;
-    unroll<ROWS>([&](auto r) NATRPB_LAMBDA {
-      constexpr int n = decltype(r)::value;
+    NATRPB_UNROLL for (int r = 0; r < ROWS; ++r) {
       Vec<T> tile[L];
-      const int64_t offset = (i + n) * params.y.row + j;
-      unroll<L>([&](auto l) NATRPB_LAMBDA {
-        const S* from = lanes.y[decltype(l)::value] + offset;
+      const int64_t offset = (i + r) * params.y.row + j;
+      NATRPB_UNROLL for (int l = 0; l < L; ++l) {
+        const S* from = lanes.y[l] + offset;
         __builtin_prefetch(from + 3 * L);  // as many rows at once are more than hardware follows
-        tile[decltype(l)::value] = WHOLE ? load_as<T>(from) : load_part<T>(from, count);
-      });
+        tile[l] = WHOLE ? load_as<T>(from) : load_part<T>(from, count);
+      }
       transpose<T>(tile);
-      unroll<L>([&](auto k) NATRPB_LAMBDA {
-        if (!WHOLE && decltype(k)::value >= count) return;
-        T* bin = bins + n * row_bins + index[n * row_index + decltype(k)::value] * int64_t{L};
-        store(bin, load(bin) + tile[decltype(k)::value]);
-      });
-    });
+      NATRPB_UNROLL for (int k = 0; k < L; ++k) {
+        if (!WHOLE && k >= count) continue;
+        T* bin = bins + r * row_bins + index[r * row_index + k] * int64_t{L};
+        store(bin, load(bin) + tile[k]);
+      }
+    }
   }
 
   // rows[l][offset + c] = bins[c][l], l <= last
@@ -110,14 +107,13 @@ struct RpeIndex {
     for (int64_t c = 0; c < params.index.buckets; c += L) {
       const int64_t left = params.index.buckets - c;
       Vec<T> tile[L];
-      unroll<L>([&](auto k)
-                    NATRPB_LAMBDA { tile[decltype(k)::value] = load(bins + (c + min_of(decltype(k)::value, left - 1)) * L); });
+      NATRPB_UNROLL for (int k = 0; k < L; ++k) tile[k] = load(bins + (c + min_of(k, left - 1)) * L);
       transpose<T>(tile);
-      unroll<L>([&](auto l) NATRPB_LAMBDA {
-        if (decltype(l)::value > last) return;
-        S* to = rows[decltype(l)::value] + offset + c;
-        left >= L ? store_as(to, tile[decltype(l)::value]) : store_part<T>(to, tile[decltype(l)::value], left);
-      });
+      NATRPB_UNROLL for (int l = 0; l < L; ++l) {
+        if (l > last) continue;
+        S* to = rows[l] + offset + c;
+        left >= L ? store_as(to, tile[l]) : store_part<T>(to, tile[l], left);
+      }
     }
   }
 };

@@ -36,7 +36,8 @@ template <class F, int... I>
 NATRPB_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
   (f(Const<I>{}), ...);
 }
-// Calls f(Const<0>{}) ... f(Const<N - 1>{}); keeps arrays that f indexes in registers.
+// Calls f(Const<0>{}) ... f(Const<N - 1>{}), for what must be a constant. Otherwise NATRPB_UNROLL is enough to keep arrays in registers,
+// and spares the compiler thousands of functions.
 template <int N, class F>
 NATRPB_INLINE void unroll(F&& f) {
   unroll(f, std::make_integer_sequence<int, N>{});
@@ -444,8 +445,8 @@ template <class T>
 NATRPB_INLINE void transpose(Vec<T>* rows) {
   constexpr int N = kLanes<T>, E = 16 / sizeof(T), kGroups = N / E;
   constexpr auto all = std::make_integer_sequence<int, N>{};
-  unroll<kGroups>([&](auto group) NATRPB_LAMBDA {
-    Vec<T>* r = rows + decltype(group)::value * E;
+  NATRPB_UNROLL for (int group = 0; group < kGroups; ++group) {
+    Vec<T>* r = rows + group * E;
     if constexpr (E == 2) {
       const Vec<T> first = interleave<E, 1, 0>(r[0], r[1], all);
       r[1] = interleave<E, 1, 1>(r[0], r[1], all);
@@ -458,10 +459,10 @@ NATRPB_INLINE void transpose(Vec<T>* rows) {
       r[2] = interleave<E, 2, 0>(high01, high23, all);
       r[3] = interleave<E, 2, 1>(high01, high23, all);
     }
-  });
+  }
   if constexpr (kGroups > 1) {
-    unroll<E>([&](auto row) NATRPB_LAMBDA {
-      Vec<T>* r = rows + decltype(row)::value;
+    NATRPB_UNROLL for (int row = 0; row < E; ++row) {
+      Vec<T>* r = rows + row;
       const Vec<T> even01 = every_second<E, 0>(r[0], r[E], all), odd01 = every_second<E, 1>(r[0], r[E], all);
       if constexpr (kGroups == 2) {
         r[0] = even01;
@@ -473,7 +474,7 @@ NATRPB_INLINE void transpose(Vec<T>* rows) {
         r[2 * E] = every_second<E, 1>(even01, even23, all);
         r[3 * E] = every_second<E, 1>(odd01, odd23, all);
       }
-    });
+    }
   }
 }
 
@@ -486,14 +487,14 @@ NATRPB_INLINE Vec<T> sums_of(const Vec<T>* rows) {
     constexpr int E = 16 / sizeof(T);
     constexpr auto all = std::make_integer_sequence<int, kLanes<T>>{};
     Vec<T> halves[N / 2];
-    unroll<N / 2>([&](auto i) NATRPB_LAMBDA {
-      const Vec<T> a = rows[2 * decltype(i)::value], b = rows[2 * decltype(i)::value + 1];
+    NATRPB_UNROLL for (int i = 0; i < N / 2; ++i) {
+      const Vec<T> a = rows[2 * i], b = rows[2 * i + 1];
       if constexpr (W < E) {
-        halves[decltype(i)::value] = interleave<E, W, 0>(a, b, all) + interleave<E, W, 1>(a, b, all);
+        halves[i] = interleave<E, W, 0>(a, b, all) + interleave<E, W, 1>(a, b, all);
       } else {
-        halves[decltype(i)::value] = every_second<E, 0>(a, b, all) + every_second<E, 1>(a, b, all);
+        halves[i] = every_second<E, 0>(a, b, all) + every_second<E, 1>(a, b, all);
       }
-    });
+    }
     return sums_of<T, N / 2, 2 * W>(halves);
   }
 }
