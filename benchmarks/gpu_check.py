@@ -9,6 +9,7 @@ The Python that runs this runs everything. Nothing is installed: the build is in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import importlib.util
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,7 +56,15 @@ WATCHED = (
     "iRPE attention-B128 fp16 forward",
     "iRPE attention-B128 fp16 backward",
 )
-SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
+SECTIONS = (
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "MemoryWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "LaunchStats",
+    "Occupancy",
+)
 SHOWN = (
     "Duration",
     "DRAM Throughput",
@@ -63,7 +73,13 @@ SHOWN = (
     "Achieved Occupancy",
     "Issue Slots Busy",
 )
-PROBE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+PROBE = """import torch
+if torch.cuda.is_available():
+    print("{}.{}".format(*torch.cuda.get_device_capability()), torch.cuda.get_device_name())
+"""
+# NB: a thread that waits for a kernel that hangs cannot be interrupted, so the process ends, and xdist takes another.
+PATIENCE = ("--timeout=120", "--timeout-method=thread", "--tb=short")
+INTERRUPTED = 124  # the status of a command that took longer than it may
 
 
 @dataclass
@@ -74,17 +90,35 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
 
 
-def run(*command: str, **environment: str) -> int:
-    """Runs a command in the repository, its output shown; returns its exit status."""
+def run(*command: str, seconds: float | None = None, **environment: str) -> int:
+    """Runs a command in the repository, its output shown; returns its exit status.
+
+    After `seconds` it is interrupted, upon which pytest still tells what failed so far, and 15 seconds later killed.
+    """
     print("+", *(f"{name}={value}" for name, value in environment.items()), *command, flush=True)
     start = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = INTERRUPTED
+    finally:  # also of an interruption from the keyboard, which a session of its own does not see
+        end(process)
     print(f"= {status} after {time.monotonic() - start:.0f} s", flush=True)
     return status
 
 
-def python(*arguments: str, **environment: str) -> int:
-    return run(sys.executable, *arguments, **environment)
+def end(process: subprocess.Popen) -> None:
+    """Interrupts, then kills, whatever is left of a process and its children."""
+    for number in (signal.SIGINT, signal.SIGKILL) if process.poll() is None else (signal.SIGKILL,):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+
+
+def python(*arguments: str, seconds: float | None = None, **environment: str) -> int:
+    return run(sys.executable, *arguments, seconds=seconds, **environment)
 
 
 def tool(name: str) -> str | None:
@@ -95,7 +129,12 @@ def tool(name: str) -> str | None:
 
 
 def build(options: argparse.Namespace, outcome: Outcome) -> None:
-    if python("setup.py", "build_ext", "--inplace", NATRPB_CUDA="1"):
+    """In place and for this GPU alone, whatever TORCH_CUDA_ARCH_LIST says: others would multiply the time."""
+    environment = {"NATRPB_CUDA": "1", "TORCH_CUDA_ARCH_LIST": options.capability}
+    nvcc = tool("nvcc")
+    if nvcc and not shutil.which("nvcc") and not {"CUDA_HOME", "CUDA_PATH"} & set(os.environ):
+        environment["CUDA_HOME"] = str(Path(nvcc).parents[1])
+    if python("setup.py", "build_ext", "--inplace", **environment):
         outcome.failed.append("build")
         return
     check = "import natrpb; cuda = natrpb.info()['cuda']; print(cuda); raise SystemExit(cuda['reason'])"
@@ -111,10 +150,11 @@ def tests(options: argparse.Namespace, outcome: Outcome) -> None:
     else:
         outcome.missing.append("pytest-xdist is not installed: the tests ran in one process")
     files = [f"tests/test_{family}.py" for family in (*FAMILIES, *IRPE_FAMILIES)]
-    if python("-m", "pytest", "--device", "cuda", "-q", *workers, *files, *options.pytest):
+    pytest = ("-m", "pytest", "-q", *PATIENCE)
+    if python(*pytest, "--device", "cuda", *workers, *files, *options.pytest, seconds=options.seconds):
         outcome.failed.append("tests of the ops on the GPU")
     for file in ("tests/test_cuda.py", "tests/test_cuda_irpe.py"):
-        if python("-m", "pytest", "-q", "-rs", file, *options.pytest):
+        if python(*pytest, "-rs", file, *options.pytest, seconds=options.seconds):
             outcome.failed.append(file)
 
 
@@ -126,12 +166,15 @@ def sanitize(options: argparse.Namespace, outcome: Outcome) -> None:
         return
     help_text = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
     ours_alone = ["--kernel-name", "kns=natrpb"] if "--kernel-name" in help_text else []
-    for name in SANITIZERS:
+    for name in options.sanitizer or SANITIZERS:
         command = [sanitizer, "--tool", name, "--error-exitcode", str(SANITIZER_FAILED), *ours_alone]
         if name == "memcheck":
             command += ["--report-api-errors", "no"]  # torch tries calls that may fail, and our launches report their own
-        status = run(*command, sys.executable, "-m", "benchmarks.gpu_launch", "small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        if status:
+        command += [sys.executable, "-m", "benchmarks.gpu_launch", "small"]
+        status = run(*command, seconds=options.seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if status == INTERRUPTED:
+            outcome.missing.append(f"compute-sanitizer {name}: not all cases in {options.seconds:.0f} s")
+        elif status:
             found = "found errors" if status == SANITIZER_FAILED else f"ended with status {status}"
             outcome.failed.append(f"compute-sanitizer {name} {found}")
 
@@ -204,6 +247,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no benchmark after so long")
     parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help="of bench and ncu: only these cases")
     parser.add_argument("--without", action="append", default=[], metavar="PATTERN", help="of bench: leave out these peers")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="interrupt each run of pytest and of a sanitizer after so long"
+    )
+    parser.add_argument("--sanitizer", action="append", choices=SANITIZERS, help="only this; repeatable")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes of pytest")
     parser.add_argument("pytest", nargs="*", help="after --: further arguments of pytest")
     return parser.parse_args(arguments)
@@ -211,7 +258,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, outcome = parse(arguments), Outcome()
-    gpu = subprocess.run([sys.executable, "-c", PROBE], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    found = subprocess.run([sys.executable, "-c", PROBE], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    options.capability, _, gpu = found.partition(" ")
     if not gpu:
         print("torch finds no GPU", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ python -m benchmarks.gpu_launch CASE [CASE]    cases of `python -m benchmarks --
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from tests.irpe_cases import IrpeCase
 from .gpu_cases import all_workloads
 from .harness import Runner, Workload, chosen
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)  # time may end before they do
 LARGEST = 1e6  # multiply-adds of a small case: tools make kernels a hundred times slower
 
 
@@ -91,11 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "small":
             with torch.device("cuda"):
                 for dtype in DTYPES:
+                    start = time.monotonic()
                     for case in small_cases():
                         run_small(case, dtype)
                     for case in small_irpe_cases():
                         run_small_irpe(case, dtype)
-            print(f"{len(small_cases()) + len(small_irpe_cases())} cases in {len(DTYPES)} dtypes", flush=True)
+                    count, seconds = len(small_cases()) + len(small_irpe_cases()), time.monotonic() - start
+                    print(f"{count} cases in {dtype}, {seconds:.0f} s", flush=True)
             continue
         workloads = named(name)
         if not workloads:

@@ -55,7 +55,11 @@ def without_peers(problem: Problem, without: Sequence[str]) -> tuple[Problem, di
 
 
 def measure_one(workload: Workload, budget: float, without: Sequence[str], clock: gpu.Clock) -> Line:
-    """One line; what does not fit into the GPU's memory is refused."""
+    """One line; one that fails is refused, with the reason, and others follow.
+
+    Raises:
+        RuntimeError: an error of the GPU, after which it does nothing more for this process.
+    """
     threads, state = torch.get_num_threads(), {}
     try:
         with torch.device("cuda"):
@@ -68,8 +72,11 @@ def measure_one(workload: Workload, budget: float, without: Sequence[str], clock
             return timings
 
         line = measure(workload, threads, budget, problem, exact_results(problem), timer, gpu.peak_memory)
-    except torch.OutOfMemoryError as failure:
-        return Line(workload.name, workload.group, threads, goals=dict(workload.goals), refused=first_line(failure))
+    except Exception as failure:
+        if "CUDA error" in str(failure):
+            raise
+        why = f"{type(failure).__name__}: {first_line(failure)}"
+        return Line(workload.name, workload.group, threads, goals=dict(workload.goals), refused=why)
     line.absent |= left
     line.state = state
     return line

@@ -74,12 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--query", type=int, nargs="+", metavar="I", help="position, default the middle of the map")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (.png, .svg, .pdf) instead of text")
 
-    sub = commands.add_parser("convert", help="NAT and DiNAT checkpoints between official and Hugging Face key names")
+    sub = commands.add_parser(
+        "convert", help="checkpoints between the key names of official code, Hugging Face, timm, torchvision"
+    )
     sub.set_defaults(run=_convert)
     sub.add_argument("input", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors, any known keys")
     sub.add_argument("output", type=Path, metavar="OUT", help="its suffix tells the format: .safetensors, else torch.save")
     formats = ("official", "huggingface", "timm", "torchvision")
-    sub.add_argument("--to", choices=formats, required=True, help="timm and torchvision have Swin only")
+    sub.add_argument("--to", choices=formats, required=True, help="timm and torchvision have Swin only, torchvision here v1")
     sub.add_argument(
         "--model-type",
         choices=("nat", "dinat", "none"),

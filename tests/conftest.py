@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,19 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="not emulated: the case is too large"))
         for marker in item.iter_markers("not_emulated"):
             item.add_marker(pytest.mark.skip(reason=f"not emulated: {marker.args[0]}"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Ends a process whose GPU has failed: every later call would fail as well, and tell nothing. xdist starts another."""
+    yield
+    failure = call.excinfo and call.excinfo.value
+    if not isinstance(failure, RuntimeError) or "CUDA error" not in str(failure):
+        return
+    print(f"{item.nodeid}: {call.excinfo.getrepr(style='short')}", file=sys.__stderr__, flush=True)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(3)
+    pytest.exit("the GPU has failed", returncode=3)
 
 
 define_torchvision_operators()

@@ -35,7 +35,8 @@ def checkpoint(tmp_path_factory):
 
 def test_info_as_a_command():
     run = subprocess.run([sys.executable, "-m", "natrpb", "info"], capture_output=True, text=True, check=True)
-    assert natrpb.__version__ in run.stdout and "compiled" in run.stdout
+    said = dict(line.split(None, 1) for line in run.stdout.splitlines())
+    assert said["version"] == natrpb.__version__ and said["compiled"] == str(natrpb.info()["compiled"])
 
 
 def test_explain_prints_keys_and_indices(capsys):

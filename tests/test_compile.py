@@ -106,7 +106,7 @@ def test_compiled_model_trains_in_one_graph(dynamic):
 
 
 MODULES = {
-    "neighborhood": lambda: natrpb.NeighborhoodAttention2D(16, 2, 3),
+    "neighborhood": lambda: natrpb.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True),
     "window": lambda: natrpb.WindowAttention(16, 4, 2, shift_size=2),
     "window-v2": lambda: natrpb.WindowAttentionV2(16, 4, 2),
 }

@@ -162,7 +162,7 @@ class TestInputs:
 
     def test_hooks_go_when_the_model_fails(self):
         module = natrpb.NeighborhoodAttention1D(8, 2, 5)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="kernel_size"):
             explain.attention_inputs(module, torch.randn(1, 2, 8))
         assert not module._forward_pre_hooks
 

@@ -305,8 +305,13 @@ def test_entries_of_the_table_that_no_pair_uses_get_zero_gradient():
 def test_table_gradient_leaves_in_the_tables_dtype(dtype, table):
     inputs = Case((9, 8), 3).inputs(dtype)
     rpb = inputs.rpb.to(table).requires_grad_()
-    natrpb.na2d(*inputs[:3], 3, rpb=rpb).sum().backward()
-    assert rpb.grad.dtype == table and rpb.grad.shape == rpb.shape
+    weights = torch.randn(inputs.value.shape, dtype=dtype)
+    (natrpb.na2d(*inputs[:3], 3, rpb=rpb) * weights).sum().backward()
+    exact = rpb.detach().double().requires_grad_()
+    (natrpb.na2d(*(x.double() for x in inputs[:3]), 3, rpb=exact) * weights).sum().backward()
+    assert rpb.grad.dtype == table
+    unit = max(torch.finfo(dtype).eps, torch.finfo(table).eps)
+    close(rpb.grad.double() / exact.grad.abs().max(), exact.grad / exact.grad.abs().max(), 8 * unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)

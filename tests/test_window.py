@@ -124,6 +124,17 @@ def test_table_layouts_and_conventions(spatial, window, shift):
         assert torch.equal(window_attention(*tensors, window, shift, swapped, convention="nat"), expected)
 
 
+def test_on_one_axis_the_convention_tells_the_layout():
+    """Both have rank two there: the wrong one is refused by name."""
+    x = torch.zeros(1, 8, 2, 4)
+    for convention, right, wrong in (("swin", [7, 2], [2, 7]), ("nat", [2, 7], [7, 2])):
+        window_attention(x, x, x, 4, rpb=torch.zeros(right), convention=convention)
+        with pytest.raises(ValueError) as refused:
+            window_attention(x, x, x, 4, rpb=torch.zeros(wrong), convention=convention)
+        said = str(refused.value)
+        assert f"shape {right}" in said and f"in convention '{convention}'" in said and said.endswith(f"got {wrong}")
+
+
 @EACH_SHAPE
 def test_dense_bias_of_a_table_is_the_table(spatial, window, shift):
     *tensors, table = inputs(spatial, window)
@@ -312,15 +323,17 @@ def test_one_and_three_axes():
     line = WindowAttention(8, (4,), 2, (2,)).double()
     x = torch.randn(2, 11, 8, dtype=torch.float64)
     close(line(x), module_as_dense(line, x, table=line.relative_position_bias_table))
-    volume = WindowAttentionV2(8, (2, 3, 2), 2, (1, 1, 0)).double()
-    with torch.no_grad():
-        volume.q_bias.normal_(), volume.v_bias.normal_()
-    x = torch.randn(1, 4, 5, 3, 8, dtype=torch.float64)
-    biases = torch.cat([volume.q_bias, torch.zeros(8), volume.v_bias])
-    qkv = (volume.qkv(x) + biases).unflatten(-1, (3, 2, 4)).unbind(-3)
-    table = volume.cpb_mlp().flatten(1).t()
-    plain = dense(*qkv, (2, 3, 2), (1, 1, 0), table, logit_scale=volume.logit_scale)[0]
-    close(volume(x), volume.proj(plain.flatten(-2)))
+    for window, heads, spatial in (((2, 3, 2), 2, (4, 5, 3)), ((4,), 2, (11,)), ((2,), 3, (11,))):  # the last: a square table
+        shift = tuple(w // 2 for w in window)
+        attention = WindowAttentionV2(12, window, heads, shift).double()
+        with torch.no_grad():
+            attention.q_bias.normal_(), attention.v_bias.normal_()
+        x = torch.randn(1, *spatial, 12, dtype=torch.float64)
+        biases = torch.cat([attention.q_bias, torch.zeros(12), attention.v_bias])
+        qkv = (attention.qkv(x) + biases).unflatten(-1, (3, heads, 12 // heads)).unbind(-3)
+        table = attention.cpb_mlp().flatten(1).t()
+        plain = dense(*qkv, window, shift, table, logit_scale=attention.logit_scale)[0]
+        close(attention(x), attention.proj(plain.flatten(-2)))
 
 
 def test_continuous_position_bias(golden):
@@ -404,6 +417,8 @@ def test_offsets_are_made_where_the_weights_come_to():
 @pytest.mark.parametrize("kind", [WindowAttention, WindowAttentionV2])
 def test_autocast(kind):
     attention = kind(32, 4, 2, shift_size=2)
+    if kind is WindowAttention:
+        torch.nn.init.normal_(attention.relative_position_bias_table)  # so that it matters
     x = torch.randn(2, 9, 11, 32)
     with torch.autocast(x.device.type, torch.bfloat16):
         out = attention(x)

@@ -32,7 +32,7 @@ struct IrpeOps {
     STD_TORCH_CHECK(x.dim() == 4, "x must have shape [B, h, Nq, C], got ", shape_of(x));
     STD_TORCH_CHECK(index.dim() == 2, "index must have shape [Nq, Nk], got ", shape_of(index));
     RpeIndexParams p = index_params(x, index.size(1));
-    index = take_map(backend, "index", index, p.queries, p.keys, x.size(3), p.index);
+    index = take_map(backend, "index", "index", index, p.queries, p.keys, x.size(3), p.index);
     x = with_contiguous_channels(x);
     Tensor y = new_tensor(x, {p.batch, p.heads, p.queries, p.keys}, x.scalar_type());
     p.x = rows_of(x);
@@ -47,7 +47,7 @@ struct IrpeOps {
     STD_TORCH_CHECK(index.dim() == 2, "index must have shape [Nq, Nk], got ", shape_of(index));
     STD_TORCH_CHECK(num_buckets >= 0, "num_buckets must not be negative, got ", num_buckets);
     RpeIndexParams p = index_params(y, y.size(3));
-    index = take_map(backend, "index", index, p.queries, p.keys, num_buckets, p.index);
+    index = take_map(backend, "index", "index", index, p.queries, p.keys, num_buckets, p.index);
     y = with_contiguous_channels(y);
     Tensor x = new_tensor(y, {p.batch, p.heads, p.queries, num_buckets}, y.scalar_type());
     p.x = rows_of(x);
@@ -84,11 +84,11 @@ struct IrpeOps {
       value = take("value", value_, per_key(p.value_dim), true, p.value);
       if (both("query_rows", query_rows_, "index_k", index_k_)) {
         query_rows = take("query_rows", *query_rows_, query_buckets(last(*query_rows_)), false, p.query_rows);
-        index_k = take_map(backend, "index_k", *index_k_, p.queries, p.keys, last(*query_rows_), p.index_k);
+        index_k = take_map(backend, "index_k", "key_index", *index_k_, p.queries, p.keys, last(*query_rows_), p.index_k);
       }
       if (both("key_rows", key_rows_, "index_q", index_q_)) {
         key_rows = take("key_rows", *key_rows_, {p.batch, p.heads, p.keys, last(*key_rows_)}, false, p.key_rows);
-        index_q = take_map(backend, "index_q", *index_q_, p.queries, p.keys, last(*key_rows_), p.index_q);
+        index_q = take_map(backend, "index_q", "query_index", *index_q_, p.queries, p.keys, last(*key_rows_), p.index_q);
       }
       if (both("table", table_, "index_t", index_t_)) {
         check_shape("table", *table_, {p.heads, last(*table_)});
@@ -96,11 +96,11 @@ struct IrpeOps {
         backend.check_device("table", *table_);
         table = as_contiguous(*table_);
         p.table = table->data_ptr();
-        index_t = take_map(backend, "index_t", *index_t_, p.queries, p.keys, last(*table_), p.index_t);
+        index_t = take_map(backend, "index_t", "bias_index", *index_t_, p.queries, p.keys, last(*table_), p.index_t);
       }
       if (index_v_) {
         STD_TORCH_CHECK(num_buckets >= 1, "num_buckets must be positive, got ", num_buckets);
-        index_v = take_map(backend, "index_v", *index_v_, p.queries, p.keys, num_buckets, p.index_v);
+        index_v = take_map(backend, "index_v", "value_index", *index_v_, p.queries, p.keys, num_buckets, p.index_v);
       }
       if (key_padding_mask_) {
         key_padding_mask = take_mask("key_padding_mask", *key_padding_mask_, {p.batch, p.keys}, p.key_padding_mask);
@@ -217,16 +217,17 @@ struct IrpeOps {
     return p;
   }
 
-  // A bucket map [Nq, Nk] or [T, Nq, Nk] as contiguous int32, and `to` pointing at it. NB: the tensor must outlive `to`.
-  static Tensor take_map(const Backend& backend, const char* name, const Tensor& index, int64_t queries, int64_t keys,
-                         int64_t buckets, BucketMap& to) {
+  // A bucket map [Nq, Nk] or [T, Nq, Nk] as contiguous int32, and `to` pointing at it. NB: the tensor must outlive `to`. Nobody looks
+  // at entries before the op does, so what is wrong with them is told of the argument of natrpb.irpe_attention.
+  static Tensor take_map(const Backend& backend, const char* name, const char* argument, const Tensor& index, int64_t queries,
+                         int64_t keys, int64_t buckets, BucketMap& to) {
     const bool several = index.dim() == 3;
     check_shape(name, index, several ? Ints{index.size(0), queries, keys} : Ints{queries, keys});
     const ScalarType type = index.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64");
     backend.check_device(name, index);
     Tensor taken = as_contiguous(index);
-    backend.check_map(name, taken, buckets);
+    backend.check_map(argument, taken, buckets);
     if (type == ScalarType::Long) taken = torch::stable::to(taken, ScalarType::Int);
     to = {static_cast<const int32_t*>(taken.data_ptr()), several ? index.size(0) : 1, buckets};
     return taken;

@@ -27,6 +27,7 @@ def rpe_index(x: Tensor, index: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: an entry out of range, on a CPU.
     """
     check_tensor("x", x, 4, "[B, h, Nq, C]")
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
@@ -92,6 +93,7 @@ def irpe_attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: an entry of a map out of range, on a CPU.
     """
     check_tensor("query", query, 4, "[B, Nq, h, D]")
     check_tensor("key", key, 4, "[B, Nk, h, D]", like=query)

@@ -8,7 +8,8 @@ Z. Huang, D. Liang, P. Xu, B. Xiang, "Improve Transformer Models with Better Rel
 H. Wang, Y. Zhu, B. Green, H. Adam, A. Yuille, L.-C. Chen, "Axial-DeepLab", ECCV 2020.
 
 Offsets are key minus query throughout. Tables have one entry per offset from -k to k, [h, ...] or [1, ...] for all heads
-alike; an offset beyond takes the outermost. All functions take the masks, scale and dropout of `irpe_attention`.
+alike; an offset beyond takes the outermost. All functions take the masks, scale and dropout of `irpe_attention`;
+`axial_attention`, whose axes are attended apart, no `attn_mask`.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ def window_attention(
         value: [B, *spatial, heads_kv, Dv].
         window_size: W, one per axis or one for all; may exceed the axis' length.
         shift_size: where the windows begin, 0 <= shift_size < W per axis; Swin's shifted blocks use W // 2.
-        rpb: [(2 W_0 - 1) * ..., heads], the layout of Swin's checkpoints, or, but for one axis in Swin's convention,
-            [heads, 2 W_0 - 1, ...]; any float dtype. Its gradient is summed in fp32, and not at all where
-            rpb does not require one.
+        rpb: [(2 W_0 - 1) * ..., heads], the layout of Swin's checkpoints, or [heads, 2 W_0 - 1, ...]; on one axis the former
+            in Swin's convention, the latter in NAT's. Any float dtype; its gradient is summed in fp32, and not at all
+            where rpb does not require one.
         scale: default D ** -0.5; not applied to rpb; not together with logit_scale.
         logit_scale: [heads] or [heads, 1, 1]; query and key are then normalised in fp32 (a zero vector stays zero and
             has no gradient) and rounded to their dtype, as under autocast. Above log(100) its gradient is zero.
@@ -230,13 +230,13 @@ def _nat_table(rpb: Tensor | None, convention: str, heads: int, pattern: Pattern
     if rpb is None or not isinstance(rpb, Tensor):
         return rpb
     sides = pattern.rpb_shape
-    flat = rpb.dim() == 2 and (pattern.ndim > 1 or convention == "swin")
+    # On one axis both layouts have rank two: the convention tells which it is.
+    flat = convention == "swin" if pattern.ndim == 1 else rpb.dim() == 2
     expected = (math.prod(sides), heads) if flat else (heads, *sides)
     if tuple(rpb.shape) != expected:
-        raise ValueError(
-            f"rpb must have shape {[math.prod(sides), heads]} (rows of 2 W - 1 per axis, heads) or {[heads, *sides]} "
-            f"for window_size {list(pattern.kernel_size)}, got {list(rpb.shape)}"
-        )
+        layouts = [f"{[math.prod(sides), heads]} (rows of 2 W - 1 per axis, heads)", f"{[heads, *sides]}"]
+        accepted = " or ".join(layouts) if pattern.ndim > 1 else layouts[not flat] + f" in convention {convention!r}"
+        raise ValueError(f"rpb must have shape {accepted} for window_size {list(pattern.kernel_size)}, got {list(rpb.shape)}")
     grid = rpb.t().reshape(heads, *sides) if flat else rpb
     return grid.flip(tuple(range(1, grid.dim()))) if convention == "swin" else grid
 

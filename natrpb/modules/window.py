@@ -277,4 +277,5 @@ class WindowAttentionV2(WindowAttention):
         return F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
     def _scores(self) -> dict:
-        return {"logit_scale": self.logit_scale, "rpb": self.cpb_mlp()}
+        table = self.cpb_mlp().flatten(1).t()  # as in checkpoints: one axis takes Swin's convention in no other layout
+        return {"logit_scale": self.logit_scale, "rpb": table}

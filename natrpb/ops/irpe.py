@@ -24,14 +24,25 @@ def rpe_index(x: Tensor, index: Tensor) -> Tensor:
     """See `natrpb.reference_irpe.rpe_index`: x [B, h, Nq, C] and index [Nq, Nk] in, [B, h, Nq, Nk] out."""
     if not _ext.runs_compiled(x.device, "rpe_index"):
         return reference.rpe_index(x, index)
-    return call_op("rpe_index", x, index)
+    return call_op("rpe_index", x, _narrowed(index))
 
 
 def rpe_index_transposed(y: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     """See `natrpb.reference_irpe.rpe_index_transposed`: y [B, h, Nq, Nk] and index in, [B, h, Nq, num_buckets] out."""
     if not _ext.runs_compiled(y.device, "rpe_index_transposed"):
         return reference.rpe_index_transposed(y, index, num_buckets)
-    return call_op("rpe_index_transposed", y, index, num_buckets)
+    return call_op("rpe_index_transposed", y, _narrowed(index), num_buckets)
+
+
+def _narrowed(index: Tensor | None) -> Tensor | None:
+    """An int64 map of a GPU as int32. What exceeds that stays out of range, where the op's own conversion would wrap around.
+
+    Maps of the CPU go to the op as they are, since it checks them.
+    """
+    if index is None or index.dtype != torch.int64 or index.device.type == "cpu":
+        return index
+    limits = torch.iinfo(torch.int32)
+    return index.clamp(limits.min, limits.max).to(torch.int32)
 
 
 def irpe_attention(
@@ -56,7 +67,8 @@ def irpe_attention(
     if not _ext.runs_compiled(query.device, "irpe_attention_forward"):
         return _reference(floats, rest)
     table = None if table is None else table.to(wide_dtype(query.dtype))
-    out, lse, binned = call_op("irpe_attention_forward", *floats[:5], table, *rest)
+    maps = map(_narrowed, rest[:4])
+    out, lse, binned = call_op("irpe_attention_forward", *floats[:5], table, *maps, *rest[4:])
     return out, lse, None if index_v is None else binned
 
 
