@@ -41,5 +41,5 @@ def test_the_shortened_example_runs_and_leaves_its_results(monkeypatch, tmp_path
     finetune_swin.main()
     lines = re.findall(r"^(16x16|24x24).*?([\d.]+)% +([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
     assert [side for side, *_ in lines] == ["16x16", "24x24", "24x24"]
-    assert all(0 <= float(share) <= 100 for _, *shares in lines for share in shares)
+    assert all(float(share) > 12 for _, *shares in lines for share in shares)  # ten classes
     assert (tmp_path / "swin_window4.pth").exists() and (tmp_path / "finetune_swin.png").stat().st_size > 20_000

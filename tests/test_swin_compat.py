@@ -331,3 +331,31 @@ def test_conversions_that_cannot_be():
     del broken["swin.encoder.layers.0.blocks.0.attention.k_proj.weight"]
     with pytest.raises(ValueError, match=r"qkv\.weight needs query, key and value, key missing"):
         swin.from_huggingface(broken)
+
+
+class Logits(nn.Module):
+    """A tracer follows tensors, not the dataclasses of Hugging Face."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return logits(self.model, images)
+
+
+@EACH
+@EACH_VERSION
+@pytest.mark.parametrize("way", ["compile", "export", "trace"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.trace.*:DeprecationWarning")
+def test_compilers_see_through_a_patched_model(library, name, way):
+    model, images = Logits(patch(foreign(library, name))), torch.randn(1, 3, *EVEN, dtype=torch.float64)
+    expected = model(images)
+    if way == "compile":
+        torch._dynamo.reset()
+        seen = torch.compile(model, backend="aot_eager")
+    elif way == "export":
+        seen = torch.export.export(model, (images,)).module()
+    else:
+        seen = torch.jit.trace(model, (images,), check_trace=False)
+    close(seen(images), expected, 1e-8 if way == "trace" else 1e-10)  # torchvision's own v1 differs by 1.5e-9 where traced

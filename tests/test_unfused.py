@@ -219,3 +219,29 @@ def test_weights_are_cast_to_the_dtype_of_the_values(dtype):
     out = natrpb.na2d_av(u.attn, value, (3, 5))
     assert out.dtype == dtype
     close(out, natrpb.na2d_av(u.attn.to(dtype), value, (3, 5)), 0.0)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("what", ["dense-bias", "dropout", "additional-keys"])
+def test_scores_are_fp32_where_attention_runs_unfused(what, dtype, autocast):
+    """Rounded to 16 bits, scores of some hundreds would err by whole units."""
+    given = [torch.randn(1, 8, 8, 2, 16) * size for size in (30, 30, 1)]
+    tokens, bias = torch.randn(2, 1, 3, 2, 16), torch.randn(2, 16, 16)
+    rpb = torch.randn(2, 7, 7)
+
+    def attend(query, key, value, tokens, bias, rpb):
+        if what == "additional-keys":
+            return natrpb.na2d(query, key, value, 4, rpb=rpb, additional_keys=30 * tokens[0], additional_values=tokens[1])
+        unfused = dict(dense_bias=bias) if what == "dense-bias" else dict(rpb=rpb, dropout_p=1e-9)
+        return natrpb.window_attention(query, key, value, 4, convention="nat", **unfused)
+
+    rounded = [x.to(dtype) for x in (*given, tokens)]
+    exact = attend(*(x.double() for x in rounded), bias.double(), rpb.double())
+    if autocast:
+        with torch.autocast(given[0].device.type, dtype):
+            out = attend(*(x.float() for x in rounded), bias, rpb)
+    else:
+        out = attend(*rounded, bias, rpb)
+    assert out.dtype == dtype
+    close(out.double(), exact, 4 * torch.finfo(dtype).eps)
