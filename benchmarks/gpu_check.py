@@ -78,7 +78,7 @@ if torch.cuda.is_available():
     print("{}.{}".format(*torch.cuda.get_device_capability()), torch.cuda.get_device_name())
 """
 # NB: a thread that waits for a kernel that hangs cannot be interrupted, so the process ends, and xdist takes another.
-PATIENCE = ("--timeout=120", "--timeout-method=thread", "--tb=short")
+PYTEST = ("-m", "pytest", "-q", "--tb=short", "--timeout-method=thread")
 INTERRUPTED = 124  # the status of a command that took longer than it may
 
 
@@ -150,11 +150,11 @@ def tests(options: argparse.Namespace, outcome: Outcome) -> None:
     else:
         outcome.missing.append("pytest-xdist is not installed: the tests ran in one process")
     files = [f"tests/test_{family}.py" for family in (*FAMILIES, *IRPE_FAMILIES)]
-    pytest = ("-m", "pytest", "-q", *PATIENCE)
-    if python(*pytest, "--device", "cuda", *workers, *files, *options.pytest, seconds=options.seconds):
+    among_many = ("--timeout=120", "--device", "cuda", *workers, *files)
+    if python(*PYTEST, *among_many, *options.pytest, seconds=options.seconds):
         outcome.failed.append("tests of the ops on the GPU")
     for file in ("tests/test_cuda.py", "tests/test_cuda_irpe.py"):
-        if python(*pytest, "-rs", file, *options.pytest, seconds=options.seconds):
+        if python(*PYTEST, "--timeout=300", "-rs", file, *options.pytest, seconds=options.seconds):
             outcome.failed.append(file)
 
 
