@@ -102,15 +102,16 @@ def run(*command: str, seconds: float | None = None, **environment: str) -> int:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = INTERRUPTED
-    finally:  # also of an interruption from the keyboard, which a session of its own does not see
-        end(process)
+    finally:
+        if process.poll() is None:  # too long, or an interruption from the keyboard, which a session of its own does not see
+            end(process)
     print(f"= {status} after {time.monotonic() - start:.0f} s", flush=True)
     return status
 
 
 def end(process: subprocess.Popen) -> None:
-    """Interrupts, then kills, whatever is left of a process and its children."""
-    for number in (signal.SIGINT, signal.SIGKILL) if process.poll() is None else (signal.SIGKILL,):
+    """Interrupts, then kills, what is left of a process and its children."""
+    for number in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
