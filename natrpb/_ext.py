@@ -132,16 +132,17 @@ def _find_cuda_gap(index: int | None) -> str | None:
 
 def runs_compiled(device: torch.device, op: str) -> bool:
     """Whether compiled kernels of `op` serve tensors of this device; where not, says so once."""
-    if device.type == "meta" and reason is None:
-        return True
+    kind = device.type
     gap = None
-    if op in compiled_ops.get(device.type, ()):
-        gap = _cuda_gap(device.index) if device.type == "cuda" else None
+    if op in compiled_ops.get(kind, ()):
+        gap = _cuda_gap(device.index) if kind == "cuda" else None
         if gap is None:
             return True
-    why = gap or reason or (cuda_reason if device.type == "cuda" else None)
-    what = f"{op} on {device.type}" if why is None else device.type
-    return _runs_on_reference(what, why or f"there are no kernels of {op} for {device.type!r} tensors")
+    elif kind == "meta" and reason is None:
+        return True
+    why = gap or reason or (cuda_reason if kind == "cuda" else None)
+    what = f"{op} on {kind}" if why is None else kind
+    return _runs_on_reference(what, why or f"there are no kernels of {op} for {kind!r} tensors")
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot follow a warning

@@ -46,7 +46,7 @@ class Pattern(NamedTuple):
     @property
     def rpb_shape(self) -> tuple[int, ...]:
         """Shape of one head's bias table, (2 K_0 - 1, ...)."""
-        return tuple(2 * k - 1 for k in self.kernel_size)
+        return tuple([2 * k - 1 for k in self.kernel_size])
 
 
 def per_axis(name: str, given, ndim: int, kind: type = int) -> tuple:
@@ -56,7 +56,10 @@ def per_axis(name: str, given, ndim: int, kind: type = int) -> tuple:
         ValueError: a sequence of another length.
         TypeError: something that is neither a `kind` nor a sequence of them.
     """
-
+    if type(given) is kind:  # NB: the usual cases first; a small call is shorter than elaborate checks of it
+        return (given,) * ndim
+    if type(given) is tuple and list(map(type, given)) == [kind] * ndim:
+        return given
     if _is_one(given, kind):
         return (_plain(given, kind),) * ndim
     if isinstance(given, Sequence) and not isinstance(given, str):
@@ -96,7 +99,7 @@ def neighborhood_pattern(ndim: int, kernel_size, stride=1, dilation=1, is_causal
             raise ValueError(f"dilation must be at least 1, got {d} on axis {axis}")
         if not 1 <= s <= k:
             raise ValueError(f"stride must be between 1 and kernel_size ({k}), got {s} on axis {axis}")
-    kind = tuple(CAUSAL if c else NEIGHBORHOOD for c in causal)
+    kind = tuple([CAUSAL if c else NEIGHBORHOOD for c in causal])
     return Pattern(kernel_size, stride, dilation, kind, (0,) * ndim)
 
 
@@ -125,11 +128,8 @@ def check_fits(pattern: Pattern, spatial: Sequence[int]) -> None:
 
     Windows fit any length, and an empty map holds no query that could miss a key.
     """
-    if 0 in spatial:
-        return
-    for axis, length in enumerate(spatial):
-        k, d = pattern.kernel_size[axis], pattern.dilation[axis]
-        if pattern.kind[axis] != WINDOW and k * d > length:
+    for axis, (length, k, d, kind) in enumerate(zip(spatial, pattern.kernel_size, pattern.dilation, pattern.kind)):
+        if k * d > length and kind != WINDOW and 0 not in spatial:
             raise ValueError(
                 f"kernel_size * dilation must not exceed the input's length on every axis, got {k} * {d} > {length} "
                 f"on axis {axis}"

@@ -122,11 +122,27 @@ struct LocalAttentionCall {
 using Thirds = std::array<Tensor, 3>;
 
 // Query, key and value in qkv [B, *, 3, h, D] over `ndim` axes: views [B, *, h, D].
+// NB: torch::stable::select looks the op up by name every time, six times in a backward call.
 inline Thirds unpacked(const Tensor& qkv, size_t ndim) {
   const auto axis = static_cast<int64_t>(ndim) + 1;
   STD_TORCH_CHECK(qkv.dim() == axis + 3 && qkv.size(axis) == 3, "qkv must have shape [B, ", ndim,
                   " spatial axes, 3, heads, D], got ", shape_of(qkv));
-  return {torch::stable::select(qkv, axis, 0), torch::stable::select(qkv, axis, 1), torch::stable::select(qkv, axis, 2)};
+  Ints sizes;
+  Ints strides;
+  for (int64_t i = 0; i < qkv.dim(); ++i) {
+    if (i == axis) continue;
+    sizes.push_back(qkv.size(i));
+    strides.push_back(qkv.stride(i));
+  }
+  Thirds thirds;
+  for (int64_t i = 0; i < 3; ++i) {
+    AtenTensorHandle handle = nullptr;
+    const AOTITorchError error = aoti_torch__reinterpret_tensor(qkv.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                                strides.data(), i * qkv.stride(axis), &handle);
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "could not take query, key and value out of qkv ", shape_of(qkv));
+    thirds[i] = Tensor(handle);
+  }
+  return thirds;
 }
 
 }  // namespace natrpb::binding

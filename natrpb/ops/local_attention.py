@@ -84,7 +84,7 @@ class _Packed(Function):
 
 def _keep_forward(ctx, tensors: int, inputs, output) -> None:
     """Saves a forward's leading tensors, its pattern and its scale."""
-    ctx.pattern, ctx.scale = Pattern(*(tuple(x) for x in inputs[tensors : tensors + 5])), inputs[tensors + 5]
+    ctx.pattern, ctx.scale = Pattern(*map(tuple, inputs[tensors : tensors + 5])), inputs[tensors + 5]
     ctx.save_for_backward(*inputs[:tensors], *output)
     ctx.save_for_forward(*inputs[:tensors])
     ctx.set_materialize_grads(False)
@@ -157,7 +157,7 @@ class _PackedBackward(Function):
 def _keep_backward(ctx, tensors: int, inputs) -> None:
     """Saves a backward's leading tensors but out and lse, which follow them, its pattern, scale and needs_drpb."""
     rest = inputs[tensors + 2 :]
-    ctx.pattern, ctx.scale, ctx.needs_drpb = Pattern(*(tuple(x) for x in rest[:5])), *rest[5:]
+    ctx.pattern, ctx.scale, ctx.needs_drpb = Pattern(*map(tuple, rest[:5])), *rest[5:]
     ctx.save_for_backward(*inputs[:tensors])
     ctx.save_for_forward(*inputs[:tensors])
     ctx.set_materialize_grads(False)
