@@ -167,6 +167,19 @@ HEAD_DIMS = [
         for head_dim, value_dim in ((8, 5), (32, 64), (5, 1), (1, 40), (33, 32))
     ],
 ]
+# At most 16 slots, channels that fill vectors: rows of several vectors and rows that share one, the last slots of tiles, and
+# so many heads that columns lie far apart.
+FEW_SLOTS = [
+    Case((8,), 7, head_dim=32),
+    Case((40,), 7, head_dim=32),
+    Case((33,), 13, stride=4, head_dim=16, value_dim=32),
+    Case((50,), 16, dilation=3, head_dim=16),
+    Case((9, 35), 3, head_dim=32),
+    Case((8, 7), 3, heads=8, head_dim=16),
+    Case((6, 21), (2, 5), stride=(2, 3), heads=1, head_dim=64),
+    Case((9, 17), (8, 2), head_dim=16, rpb=False),
+    Case((4, 5, 18), (2, 2, 4), heads=1, head_dim=16),
+]
 LARGE_KERNELS = [
     Case((13, 13), 13, heads=1, head_dim=16),
     Case((16, 15), 13, heads=1, head_dim=16),
@@ -199,7 +212,7 @@ WINDOWS = [
 
 CASES = [
     *LENGTHS, *MAPS, *WIDTHS, *STRIDES, *CAUSAL, *DILATED, *MIXED, *VOLUMES, *BATCH_AND_HEADS, *HEAD_DIMS,
-    *LARGE_KERNELS, *WINDOWS,
+    *FEW_SLOTS, *LARGE_KERNELS, *WINDOWS,
 ]  # fmt: skip
 
 # A few that between them have every feature, for properties that do not depend on the exact shape.

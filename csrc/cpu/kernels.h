@@ -13,21 +13,38 @@ enum class Op { kForward, kBackward, kQk, kAv, kAvTransposed, kBiasGrad };
 
 // What an item stages (copies of its keys in the compute type) and accumulates.
 struct Needs {
-  bool scores, dscores;        // transposed keys for query . key; transposed values for dout . value
-  bool key_rows, value_rows;   // natural rows, for weighted sums
+  bool dots;                   // query . key and dout . value of natural rows, where slots are few
+  bool scores, dscores;        // else: transposed keys for query . key; transposed values for dout . value
+  bool key_rows, value_rows;   // natural rows, for weighted sums and dots
   bool query_tile, dout_tile;  // natural rows of a block's queries, for scatters
   bool dkey, dvalue, dbias;    // sums over the item's queries
   bool bias;
 };
 
-inline Needs needs_of(Op op, const LocalAttentionParams& params) {
+// Whether every query sees all slots, and so few that dots of natural rows are faster (docs/design/cpu.md).
+inline bool has_few_slots(const LocalAttentionParams& params) {
+  constexpr int64_t kFewSlots = 16;
+  int64_t slots = 1;
+  for (const Axis& axis : params.axis) {
+    if (axis.kind != AxisKind::kNeighborhood || axis.kernel_size > kFewSlots) return false;
+    slots *= axis.kernel_size;
+  }
+  return slots <= kFewSlots;
+}
+
+// `rows_in_place`: whether natural rows need no copy. The plan is made as if they did.
+inline Needs needs_of(Op op, const LocalAttentionParams& params, bool rows_in_place = false) {
   Needs needs{};
   const bool with_scores = op == Op::kForward || op == Op::kBackward || op == Op::kQk;
-  needs.scores = with_scores;
   needs.bias = with_scores && params.rpb;
   needs.value_rows = op == Op::kForward || op == Op::kAv;
+  needs.dots = rows_in_place && with_scores && has_few_slots(params);
+  needs.scores = with_scores && !needs.dots;
+  needs.key_rows = needs.dots;
   if (op == Op::kBackward) {
-    needs.dscores = needs.key_rows = needs.query_tile = needs.dout_tile = needs.dkey = needs.dvalue = true;
+    needs.dscores = !needs.dots;
+    needs.value_rows = needs.dots;
+    needs.key_rows = needs.query_tile = needs.dout_tile = needs.dkey = needs.dvalue = true;
     needs.dbias = params.drpb != nullptr;
   }
   if (op == Op::kAvTransposed) needs.dout_tile = needs.dvalue = true;

@@ -60,6 +60,14 @@ struct Block {
   int64_t row(int64_t p1, int64_t tile) const { return p1 + tile * fold; }  // first query row of a tile's r-th block
 };
 
+// Whether a whole vector of queries from `column` on sees K keys each, a column further from query to query: most blocks, found by
+// their ends. NB: without strides first keys never move by more than one.
+template <int L>
+NATRPB_INLINE bool has_steady_lanes(const Axis& axis, const Interval& first, int64_t column, int64_t end, int64_t size) {
+  if (axis.kind == AxisKind::kWindow || axis.stride != 1 || column + L > end) return false;
+  return first.count() == axis.kernel_size && axis.keys(column + L - 1, size).first == first.first + L - 1;
+}
+
 // The block at query `column` of a group of `size` positions, for queries before `end` and keys from `key_lo` on, over `fold` rows
 // of queries, whose columns must all fit. Windows and strides make first columns jump: a block ends before they spread over more than one vector. Table columns then fit one too,
 // since bias_first = first - p + K - 1 moves by less than first does.
@@ -71,6 +79,19 @@ Block<T> make_block(const Axis& axis, int64_t column, int64_t end, int64_t size,
   block.fold = fold;
   block.least = axis.kernel_size;
   block.bias_base = 2 * axis.kernel_size;
+  if (const Interval first = axis.keys(column, size); has_steady_lanes<L>(axis, first, column, end, size)) {
+    block.width = block.live = L;
+    block.bias_base = axis.bias_index(column, first.first);
+    for (int l = 0; l < L; ++l) {
+      block.first[l] = first.first - key_lo + l;
+      block.count[l] = axis.kernel_size;
+      block.bias_first[l] = block.bias_base;
+    }
+    block.counts = Index<T>{} + static_cast<CountOf<T>>(axis.kernel_size);
+    block.key_lanes = {Reach::kConsecutive, L - 1, lane_numbers<T>()};
+    block.bias_lanes = {Reach::kSame, 0, Index<T>{}};
+    return block;
+  }
   int width = 0;
   for (int64_t p = column; width < L && p < end; ++width, ++p) {
     const Interval keys = axis.keys(p, size);

@@ -22,11 +22,15 @@ inline constexpr int kVectorBytes = NATRPB_VECTOR_BYTES;
 
 #include "cpu/local_attention_tiles.inl"
 
+#include "cpu/local_attention_dots.inl"
+
 #include "cpu/local_attention_scores.inl"
 
 #include "cpu/local_attention_prefetch.inl"
 
 #include "cpu/local_attention_items.inl"
+
+#include "cpu/local_attention_unfused.inl"
 
 #ifdef NATRPB_TILES
 #include "cpu/amx.inl"
@@ -52,7 +56,7 @@ int64_t scratch_bytes_of(const LocalAttentionParams& params, const Plan& plan, O
   if (by_windows(params, op)) {
     return static_cast<int64_t>(typename W::windows(params, plan, op == Op::kBackward, nullptr).bytes);
   }
-  return static_cast<int64_t>(typename W::general(params, plan, needs_of(op, params), nullptr).bytes);
+  return static_cast<int64_t>(typename W::general(params, plan, op, nullptr).bytes);
 }
 
 template <class W>
@@ -91,7 +95,7 @@ void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64
   tile_release();
 #else
   if (by_windows(params, op)) return run_windows<Paired>(params, plan, op, index, scratch);
-  Paired::general worker(params, plan, needs_of(op, params), scratch);
+  Paired::general worker(params, plan, op, scratch);
   if (worker.begin(index)) return op == Op::kForward ? worker.forward() : worker.backward();
   avx512::kKernels.run_item(params, plan, op, index, scratch);
 #endif
@@ -120,7 +124,7 @@ int64_t scratch_bytes(const LocalAttentionParams& params, const Plan& plan, Op o
 void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64_t index, void* scratch) {
   with_storage(params.dtype, [&](auto workers) {
     if (by_windows(params, op)) return run_windows<decltype(workers)>(params, plan, op, index, scratch);
-    typename decltype(workers)::general worker(params, plan, needs_of(op, params), scratch);
+    typename decltype(workers)::general worker(params, plan, op, scratch);
     if (!worker.begin(index)) return;
     switch (op) {
       case Op::kForward:
@@ -128,13 +132,13 @@ void run_item(const LocalAttentionParams& params, const Plan& plan, Op op, int64
       case Op::kBackward:
         return worker.backward();
       case Op::kQk:
-        return worker.qk();
+        return qk(worker);
       case Op::kAv:
-        return worker.av();
+        return av(worker);
       case Op::kAvTransposed:
-        return worker.av_transposed();
+        return av_transposed(worker);
       case Op::kBiasGrad:
-        return worker.bias_grad();
+        return bias_grad(worker);
     }
   });
 }

@@ -10,9 +10,11 @@
 template <class S, class F = Compute<S>>
 struct Worker {
   using T = Compute<S>;
+  using Storage = S;
   using Word = std::conditional_t<std::is_same_v<F, T>, S, F>;  // F in storage
   static constexpr int L = kLanes<T>;
   static constexpr bool kPaired = kNumbers<F> == 2;
+  static constexpr bool kDots = kVectorBytes == 64 && std::is_same_v<S, T>;  // where few slots are faster so
 
   const LocalAttentionParams& params;
   const Plan& plan;
@@ -41,10 +43,10 @@ struct Worker {
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
   static int64_t factors(int64_t channels) { return channels / kNumbers<F>; }
 
-  Worker(const LocalAttentionParams& p, const Plan& pl, const Needs& n, void* scratch)
+  Worker(const LocalAttentionParams& p, const Plan& pl, Op op, void* scratch)
       : params(p),
         plan(pl),
-        needs(n),
+        needs(needs_of(op, p, kDots && in_place(p.head_dim) && in_place(p.value_dim))),
         depth(p.head_dim),
         value_depth(p.value_dim),
         key_pitch(padded(depth)),
@@ -56,7 +58,7 @@ struct Worker {
         table2(2 * k2 - 1),
         bias_pitch(padded(table2) + L),
         column_pitch(padded(pl.key_size[2] + most_lead() + (is_neighborhood() ? L : k2 + L))),
-        stream(p, pl, n.dkey) {
+        stream(p, pl, needs.dkey) {
     const int64_t keys = plan.keys_max, rows = plan.key_size[0] * plan.key_size[1], table_rows = plan.table / table2;
     const int64_t words = kPaired ? rows * ceil_div(plan.key_size[2], 2) + 1 : keys;
     Arena arena(scratch);
@@ -74,7 +76,7 @@ struct Worker {
     result_tile = take(true, L * (key_pitch > value_pitch ? key_pitch : value_pitch));
     weight_pairs = take(kPaired, slots_of(word_kernel<F>(kernel), kernel.size0, 0) * L);
     score = take(true, kRowTile * slots * L);
-    dscore = take(needs.dscores, kRowTile * slots * L);
+    dscore = take(needs.dkey && needs.dvalue, kRowTile * slots * L);
     bias = take(needs.bias, table_rows * bias_pitch);
     dbias = take(needs.dbias, table_rows * k2 * L);
     no_bias = take(needs.scores, kSlotTile + L);
@@ -209,6 +211,34 @@ struct Worker {
   int64_t bias_row(int64_t p0, int64_t p1, int64_t r0, int64_t r1) const {
     return params.axis[0].bias_index(p0, r0 + item.key_lo[0]) * table1 + params.axis[1].bias_index(p1, r1 + item.key_lo[1]);
   }
+  // to[r][slot][lane] = scale <x_q, y_k> (+ bias) for query rows (p0, block.row(p1, r)), r < count: x in `view`, y staged.
+  void products(const View& view, const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows,
+                int64_t channels, T* columns, const Rows<T>& y, const T* y_columns, T scale, bool with_bias, T* to) {
+    const bool bias_in_tile = with_bias && block.fold == 1;
+    if (!needs.dots) {
+      stage_block(view, p0, p1, count, block, channels, columns);
+      scores(block, p0, p1, count, rows, columns, y_columns, channels, scale, bias_in_tile, to);
+    }
+    if constexpr (kDots) {
+      for (int r = 0; needs.dots && r < count; ++r) {
+        const int64_t row = block.row(p1, r);
+        const S* start = row_start(view, p0, row, block.column);
+        const DotLanes<T> lanes = dot_lanes(block, start, lane_steps(view, block), y.step[2]);
+        for_rows(rows[r], kernel, [&](int64_t slot, int64_t r0, int64_t r1) {
+          stream.next();
+          const T* entry = bias_in_tile ? bias + bias_row(p0, row, r0, r1) * bias_pitch + block.bias_base : nullptr;
+          dot_scores(block, lanes, y.at(r0, r1, 0), y.step[2], channels, k2, scale, entry, to + (r * slots + slot) * L);
+        });
+      }
+    }
+    for (int r = 0; with_bias && !bias_in_tile && r < count; ++r) {
+      add_folded_bias(block, p0, block.row(p1, r), rows[r], to + r * slots * L);
+    }
+  }
+  void query_products(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
+    products(params.query, block, p0, p1, count, rows, depth, query_columns, key_rows, key_columns,
+             static_cast<T>(params.scale), needs.bias, score);
+  }
   // score[r][slot][lane] = scale columns_q . columns_k (+ bias) for query rows (p0, block.row(p1, r)), r < count.
   void scores(const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows, const T* query, const T* key,
               int64_t channels, T scale, bool with_bias, T* to) {
@@ -219,14 +249,13 @@ struct Worker {
     args.key_lanes = &block.key_lanes;
     args.bias_lanes = &block.bias_lanes;
     const int64_t tiles = ceil_div(k2, kSlotTile), tile = ceil_div(k2, tiles);
-    const bool bias_in_tile = with_bias && block.fold == 1;
     int64_t score_start[kRowTile], bias_start[kRowTile] = {};  // of key row (0, 0): the others follow linearly
     for (int r = 0; r < count; ++r) {
       score_start[r] = (r * slots + first_slot(rows[r], kernel, 0, 0)) * L;
-      if (bias_in_tile) bias_start[r] = bias_row(p0, block.row(p1, r), 0, 0) * bias_pitch + block.bias_base;
+      if (with_bias) bias_start[r] = bias_row(p0, block.row(p1, r), 0, 0) * bias_pitch + block.bias_base;
     }
     args.score = to;
-    args.bias = bias_in_tile ? bias : no_bias;
+    args.bias = with_bias ? bias : no_bias;
     const int64_t key_start = column_lead + block.first[0], key_row_size = args.depth * column_pitch;
     for_shared_rows(rows, count, [&](int64_t r0, int64_t r1, int begin, int end) NATRPB_LAMBDA {
       stream.next();
@@ -239,13 +268,10 @@ struct Worker {
         args.past = past;
         args.key = key + (r0 * item.key_n[1] + r1) * key_row_size + key_start + t - (reach == Reach::kAcross ? past : 0);
         args.score_at = (slots_of(kernel, r0, r1) + t) * L;
-        args.bias_at = bias_in_tile ? (r0 * table1 + r1) * bias_pitch + t : 0;
+        args.bias_at = with_bias ? (r0 * table1 + r1) * bias_pitch + t : 0;
         pick_score_tile<F>(end - begin, static_cast<int>(n), reach)(args);
       }
     });
-    for (int r = 0; with_bias && !bias_in_tile && r < count; ++r) {
-      add_folded_bias(block, p0, block.row(p1, r), rows[r], to + r * slots * L);
-    }
   }
 
   // Adds the bias to the scores of a block over two query rows: the second row's table row is the one before.
@@ -297,14 +323,6 @@ struct Worker {
     }
     scatter(p, slots * L, block, rows, count, kernel, x, dx);
   }
-  // attn[query][slot] <-> p[slot][lane]
-  void store_attn(int64_t p0, int64_t p1, const Block<T>& block, const T* p) const {
-    copy_slots(p, slots, row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live);
-  }
-  void load_attn(int64_t p0, int64_t p1, const Block<T>& block, T* p) const {
-    copy_columns<S>(row_start(params.attn, p0, p1, block.column), lane_steps(params.attn, block), block.live, slots, L, p);
-  }
-
   // dbias[table row][t][lane] += dscore[slot][lane]; lanes meet in flush_bias, where their table columns are known.
   void add_bias_grad(int64_t p0, int64_t p1, const KeyRows& rows, const T* dp) const {
     const int64_t size = k2 * L;
@@ -374,8 +392,7 @@ struct Worker {
     stream.begin(item, params.out, value_depth);
     for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
       stream.plan(block, p0, p1, count * block.fold);
-      stage_block(params.query, p0, p1, count, block, depth, query_columns);
-      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, static_cast<T>(params.scale), needs.bias, score);
+      query_products(block, p0, p1, count, rows);
       for (int r = 0; r < count; ++r) {
         T* p = score + r * slots * L;
         fill_missing(block, rows[r], kernel, -kInfinity<T>, p);
@@ -395,10 +412,9 @@ struct Worker {
     for_blocks(
         [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
           stream.plan(block, p0, p1, count * block.fold);
-          stage_block(params.query, p0, p1, count, block, depth, query_columns);
-          stage_block(params.dout, p0, p1, count, block, value_depth, dout_columns);
-          scores(block, p0, p1, count, rows, query_columns, key_columns, depth, scale, needs.bias, score);
-          scores(block, p0, p1, count, rows, dout_columns, value_columns, value_depth, T(1), false, dscore);
+          query_products(block, p0, p1, count, rows);
+          products(params.dout, block, p0, p1, count, rows, value_depth, dout_columns, value_rows, value_columns, T(1), false,
+                   dscore);
           for (int r = 0; r < count; ++r) {
             T* p = score + r * slots * L;
             T* dp = dscore + r * slots * L;
@@ -418,47 +434,6 @@ struct Worker {
         });
     store_keys();
   }
-  void qk() {
-    for_blocks([&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
-      stage_block(params.query, p0, p1, count, block, depth, query_columns);
-      scores(block, p0, p1, count, rows, query_columns, key_columns, depth, static_cast<T>(params.scale), needs.bias, score);
-      for (int r = 0; r < count; ++r) {
-        T* p = score + r * slots * L;
-        fill_missing(block, rows[r], kernel, static_cast<T>(params.fill), p);
-        store_attn(p0, block.row(p1, r), block, p);
-      }
-    });
-  }
-
-  // av, av_transposed and bias_grad: `use` consumes the weights of one row of queries.
-  template <class Use, class... End>
-  void for_attn(Use&& use, End&&... column_end) {
-    for_blocks(
-        [&](const Block<T>& block, int64_t p0, int64_t p1, int count, const KeyRows* rows) {
-          for (int r = 0; r < count; ++r) {
-            load_attn(p0, block.row(p1, r), block, score);
-            use(block, p0, block.row(p1, r), rows[r]);
-          }
-        },
-        column_end...);
-  }
-  void av() {
-    for_attn([&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-      store_sums(params.out, p0, p1, block, rows, score, value_rows, value_depth, splat(T(1)));
-    });
-  }
-  void av_transposed() {
-    for_attn([&](const Block<T>& block, int64_t p0, int64_t p1, const KeyRows& rows) {
-      scatter_rows(params.dout, p0, p1, 1, block, &rows, value_depth, T(1), dout_tile, score, dvalue_rows);
-    });
-    store_keys();
-  }
-  void bias_grad() {
-    T* table = bias_part();
-    for_attn([&](const Block<T>&, int64_t p0, int64_t p1, const KeyRows& rows) { add_bias_grad(p0, p1, rows, score); },
-             [&](const Block<T>& block) { flush_bias(block, table); });
-  }
-
   // ---- sums that leave the item ----
 
   // The item's table in the workspace, cleared.

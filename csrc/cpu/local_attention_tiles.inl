@@ -6,7 +6,7 @@
 //   scatter_tile the transpose, dx_j = sum_i p_it(i,j) x_i; neighboring queries of several rows share the loads and
 //                stores of dx
 //
-// Each multiply-add of the op happens in one of the three.
+// Each multiply-add of the op happens in one of the three, or in a dot (local_attention_dots.inl).
 
 // Rows and slots of a score tile: rows * slots accumulators, one query and one key vector must fit the register file.
 inline constexpr int kRowTile = NATRPB_VECTOR_BYTES == 64 ? 3 : 2;

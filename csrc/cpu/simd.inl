@@ -440,6 +440,29 @@ NATRPB_INLINE V every_second(V a, V b, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(a, b, ((J / E * 2 + ODD) * E + J % E)...);
 }
 
+// Runs of E elements: run j of rows[i * APART] <-> run i of rows[j * APART], as many rows as a vector has runs, up to four.
+template <class T, int E, int APART = 1>
+NATRPB_INLINE void transpose_runs(Vec<T>* rows) {
+  constexpr int kRuns = kLanes<T> / E;
+  constexpr auto all = std::make_integer_sequence<int, kLanes<T>>{};
+  static_assert(kRuns == 1 || kRuns == 2 || kRuns == 4);
+  if constexpr (kRuns > 1) {
+    Vec<T>&r0 = rows[0], &r1 = rows[APART];
+    const Vec<T> even01 = every_second<E, 0>(r0, r1, all), odd01 = every_second<E, 1>(r0, r1, all);
+    if constexpr (kRuns == 2) {
+      r0 = even01;
+      r1 = odd01;
+    } else {
+      Vec<T>&r2 = rows[2 * APART], &r3 = rows[3 * APART];
+      const Vec<T> even23 = every_second<E, 0>(r2, r3, all), odd23 = every_second<E, 1>(r2, r3, all);
+      r0 = every_second<E, 0>(even01, even23, all);
+      r1 = every_second<E, 0>(odd01, odd23, all);
+      r2 = every_second<E, 1>(even01, even23, all);
+      r3 = every_second<E, 1>(odd01, odd23, all);
+    }
+  }
+}
+
 // rows[i][j] <-> rows[j][i], kLanes x kLanes: blocks of E x E within 16 bytes, then runs of 16 bytes across groups of E rows.
 template <class T>
 NATRPB_INLINE void transpose(Vec<T>* rows) {
@@ -460,22 +483,7 @@ NATRPB_INLINE void transpose(Vec<T>* rows) {
       r[3] = interleave<E, 2, 1>(high01, high23, all);
     }
   }
-  if constexpr (kGroups > 1) {
-    NATRPB_UNROLL for (int row = 0; row < E; ++row) {
-      Vec<T>* r = rows + row;
-      const Vec<T> even01 = every_second<E, 0>(r[0], r[E], all), odd01 = every_second<E, 1>(r[0], r[E], all);
-      if constexpr (kGroups == 2) {
-        r[0] = even01;
-        r[E] = odd01;
-      } else {
-        const Vec<T> even23 = every_second<E, 0>(r[2 * E], r[3 * E], all), odd23 = every_second<E, 1>(r[2 * E], r[3 * E], all);
-        r[0] = every_second<E, 0>(even01, even23, all);
-        r[E] = every_second<E, 0>(odd01, odd23, all);
-        r[2 * E] = every_second<E, 1>(even01, even23, all);
-        r[3 * E] = every_second<E, 1>(odd01, odd23, all);
-      }
-    }
-  }
+  NATRPB_UNROLL for (int row = 0; row < E; ++row) transpose_runs<T, E, E>(rows + row);
 }
 
 // The sum of the lanes of rows[l] in lane l. Halves of two vectors meet until one is left: rows that are W apart, within 16 bytes first.

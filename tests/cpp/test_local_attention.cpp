@@ -64,6 +64,9 @@ int main() {
       {"1-D windows", {one, one, window(70, 33, 5)}, 1, 2, 40, 24, true},
       {"3-D windows", {window(5, 4, 1), window(7, 3, 2), window(4, 4, 0)}, 1, 2, 20, 32, true},
       {"3-D", {neighborhood(4, 3), neighborhood(5, 3), neighborhood(7, 3)}, 1, 2, 12, 12, true},
+      {"2-D, few slots", {one, neighborhood(9, 3), neighborhood(35, 3)}, 1, 2, 32, 16, true},
+      {"2-D, few slots, strided", {one, neighborhood(8, 2, 2), neighborhood(21, 5, 3, 2)}, 1, 1, 16, 16, false},
+      {"2-D, few slots, far rows", {one, neighborhood(8, 3), neighborhood(7, 3)}, 1, 8, 16, 16, true},
       {"3-D, mixed", {causal(3, 2), neighborhood(8, 3, 2, 2), window(9, 4, 1)}, 1, 1, 33, 5, true},
       {"wide head", {one, one, neighborhood(19, 3)}, 1, 1, 130, 96, true},
       {"empty batch", {one, one, neighborhood(6, 3)}, 0, 2, 8, 8, true},
@@ -76,6 +79,7 @@ int main() {
   // More than 1 MiB: what is upcoming is asked for meanwhile.
   const std::vector<Case> large = {
       {"streamed, dilated", {one, neighborhood(68, 3, 1, 3), neighborhood(130, 3)}, 1, 1, 36, 32, true},
+      {"streamed, few slots", {one, one, neighborhood(9001, 7)}, 1, 1, 32, 32, true},
       {"streamed, small windows", {one, window(67, 4, 1), window(50, 3, 2)}, 2, 1, 32, 32, true},
       {"streamed, windows", {window(3, 2, 1), window(67, 3, 1), window(50, 4, 2)}, 1, 1, 30, 32, true},
   };
